@@ -1,0 +1,126 @@
+"""The configuration of a training run: YAML, `--set section.key=value`, and errors that name the nearest key."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from resume_kit.errors import UsageError
+
+
+@dataclass
+class RunConfig:
+    """Where the run lives and how long it goes. Nothing here changes a trained number."""
+
+    dir: str = "runs/zero3"
+    steps: int = 100
+    save_every: int = 20
+    keep_last: int = 3
+    keep_every: int | None = None
+    timeout: float = 600.0
+    deterministic: bool = True
+
+
+@dataclass
+class DataConfig:
+    """`path`: a text file or folder, a .npy or .bin file of token ids; null takes Python's standard library."""
+
+    path: str | None = None
+    sequence_length: int = 128
+    max_bytes: int | None = None
+    num_workers: int = 1
+
+
+@dataclass
+class TrainConfig:
+    """`model` and `deepspeed` go to transformers and DeepSpeed as they are."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    seed: int = 1234
+    micro_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    model: dict[str, Any] = field(default_factory=dict)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
+
+    def pinned(self) -> dict[str, Any]:
+        """What a checkpoint pins: all that shapes training. Where the data lies does not; its content does."""
+        return {
+            "seed": self.seed,
+            "micro_batch_size": self.micro_batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "deterministic": self.run.deterministic,
+            "model": self.model,
+        }
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The configuration from `--config FILE` and any number of `--set key=value`. Raises `UsageError`."""
+    parser = argparse.ArgumentParser(description="Train a causal LM; start and resume are the same command.")
+    parser.add_argument("--config", required=True, type=Path, help="YAML file, see configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. run.steps=200")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    options = parser.parse_args(arguments)
+    return load(options.config, options.set)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file and apply `key=value` overrides, values in YAML."""
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold a mapping of keys, not a {type(content).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UsageError(f"--set {override}: write key=value, for example --set run.steps=200")
+        *parents, last = key.split(".")
+        place = content
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise UsageError(f"--set {override}: {parent} is not a section")
+        place[last] = yaml.safe_load(text)
+    config = _build(TrainConfig, content, "")
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def _build(cls: type, content: Mapping[str, Any], path: str) -> Any:
+    known = [item.name for item in fields(cls)]
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        where = f"{path}{key}"
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise UsageError(f"unknown configuration key {where!r}; did you mean {path + near!r}?")
+        hint = hints[key]
+        if is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise UsageError(f"{where} must be a section of keys, not {value!r}")
+            values[key] = _build(hint, value, f"{where}.")  # type: ignore[arg-type]
+        else:
+            values[key] = _converted(value, hint, where)
+    return cls(**values)
+
+
+def _converted(value: Any, hint: Any, where: str) -> Any:
+    allowed = get_args(hint) if get_origin(hint) is not dict and get_args(hint) else (get_origin(hint) or hint,)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) and bool not in allowed or not isinstance(value, allowed):
+        wanted = " or ".join(kind.__name__ for kind in allowed)
+        raise UsageError(f"{where} is {value!r}; it must be {wanted}")
+    return value

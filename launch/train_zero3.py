@@ -1,0 +1,162 @@
+"""Train a transformers causal LM with DeepSpeed ZeRO. Start and resume are the same command.
+
+    deepspeed --num_gpus 2 launch/train_zero3.py --config configs/zero3_tiny.yaml
+    torchrun --nproc-per-node 2 launch/train_zero3.py --config configs/zero3_tiny.yaml --set run.steps=200
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch.config import TrainConfig, parse_arguments
+from resume_kit.errors import ResumeKitError, UsageError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run to the configured step. Exit code 0: done; 1: refused, damaged or failed; 2: wrong usage."""
+    try:
+        config = parse_arguments(arguments)
+        prepare_environment(config)
+        train(config)
+    except ResumeKitError as error:
+        report_error(error)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def prepare_environment(config: TrainConfig) -> None:
+    """What must be set before torch and DeepSpeed are imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    elif config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # torch renamed collectives that this DeepSpeed calls by their old names, at every step
+    warnings.filterwarnings("ignore", message=r".*`torch\.distributed\..* is deprecated", category=FutureWarning)
+
+
+def train(config: TrainConfig) -> None:
+    """Build engine and data, resume, and train to the end."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from resume_kit import Policy, ResumableLoader, ResumeKit, Retention, TokenDataset
+    from resume_kit.data import standard_library_path
+
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    torch.use_deterministic_algorithms(config.run.deterministic and cuda)
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+
+    dataset = TokenDataset.from_path(
+        config.data.path or standard_library_path(),
+        sequence_length=config.data.sequence_length,
+        max_bytes=config.data.max_bytes,
+    )
+    loader = ResumableLoader(
+        dataset,
+        micro_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        rank=rank,
+        world_size=world_size,
+        seed=config.seed,
+        num_workers=config.data.num_workers,
+    )
+    seed_everything(config.seed)
+    engine = build_engine(config, vocab_size=dataset.vocab_size)
+    seed_everything(config.seed + 1 + rank)
+
+    kit = ResumeKit(
+        engine,
+        loader,
+        Policy.from_mapping(config.policy),
+        run_dir=config.run.dir,
+        save_every=config.run.save_every,
+        retention=Retention(keep_last=config.run.keep_last, keep_every=config.run.keep_every),
+        config=config.pinned(),
+        timeout=config.run.timeout,
+    )
+    step = kit.resume()
+
+    tokens_per_sample = config.data.sequence_length
+    batches = iter(loader)
+    while step < config.run.steps:
+        batch = {name: value.to(engine.device) for name, value in next(batches).items()}
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        record = kit.step(loss)
+        if record:
+            step = record["step"]
+            if rank == 0:
+                print(step_line(record, tokens_per_sample), flush=True)
+    kit.close()
+    loader.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def build_engine(config: TrainConfig, *, vocab_size: int) -> Any:
+    """A DeepSpeed engine around a randomly initialised transformers model."""
+    import deepspeed
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(config.model)
+    kind = settings.pop("type", "gpt2")
+    attention = settings.pop("attn_implementation", "eager")
+    settings.setdefault("vocab_size", vocab_size)
+    model_config = AutoConfig.for_model(kind, **settings, use_cache=False)
+    deepspeed_config = {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "steps_per_print": 10**9,
+        **config.deepspeed,
+    }
+    model = AutoModelForCausalLM.from_config(model_config, attn_implementation=attention)
+    model.train()
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=deepspeed_config)
+    return engine
+
+
+def seed_everything(seed: int) -> None:
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def step_line(record: dict[str, Any], tokens_per_sample: int) -> str:
+    """One line a step: step, loss, grad norm, LR and tokens consumed."""
+    norm = "n/a" if record["grad_norm"] is None else f"{record['grad_norm']:.6f}"
+    return (
+        f"step {record['step']} loss {record['loss']:.6f} grad_norm {norm} "
+        f"lr {record['lr']:.3e} tokens {record['samples'] * tokens_per_sample}"
+    )
+
+
+def report_error(error: ResumeKitError) -> None:
+    """The whole error once, from rank 0; a line from every other rank."""
+    rank = int(os.environ.get("RANK", "0"))
+    text = f"\nERROR: {error}" if rank == 0 else f"rank {rank}: {error.headline}"
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The lowest layer: boxes in global tensor coordinates and the fingerprint over them. No torch, no I/O."""

@@ -1,0 +1,124 @@
+"""Durable files: every write is fsynced, every rename is followed by an fsync of its directory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from resume_kit.checkpoint import names
+from resume_kit.checkpoint.blocks import BLOCK_BYTES, FileDigest, digest_block, spans
+from resume_kit.errors import Problem, SaveFailed, UsageError
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the entries of `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a new small file and fsync it. Raises `SaveFailed` with the remedy when the disk says no."""
+    write_image(path, memoryview(data))
+
+
+def write_image(path: Path, image: memoryview) -> FileDigest:
+    """Write a file image block by block, digesting as it goes, and fsync it.
+
+    Returns the digests of the bytes in `image`. A short or failed write raises `SaveFailed`.
+    """
+    blocks = []
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+        try:
+            for start, stop in spans(len(image)):
+                block = image[start:stop]
+                blocks.append(digest_block(block))
+                written = 0
+                while written < len(block):
+                    written += os.write(descriptor, block[written:])
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise write_failed(path, error, len(image)) from error
+    return FileDigest(len(image), BLOCK_BYTES, tuple(blocks))
+
+
+def write_failed(path: Path, error: OSError, nbytes: int) -> SaveFailed:
+    """`error` of a write as a `SaveFailed` that says what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = f"no space left for {nbytes:,} bytes ({error.strerror})"
+        remedy = "free space, raise the quota, or keep fewer checkpoints (keep_last, keep_every)"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        what = f"cannot be written ({error.strerror})"
+        remedy = "give the job's user write permission, or choose another run directory"
+    else:
+        what, remedy = f"write failed ({error.strerror or error})", "look at the file system's health"
+    return SaveFailed(f"cannot write {path.name}", [Problem("write", str(path), what, remedy)])
+
+
+def require_writable(run: Path) -> None:
+    """Create `run` if need be and prove by a write that it can be written. Raises `UsageError`."""
+    probe = run / f".write-probe-{os.getpid()}"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"resume_kit")
+        probe.unlink()
+    except OSError as error:
+        problem = Problem(
+            "run directory",
+            str(run),
+            f"cannot be written ({error.strerror or error})",
+            "give the job's user write permission, free space, or choose another run directory",
+        )
+        raise UsageError("the run directory cannot be used", [problem]) from error
+
+
+def require_space(run: Path, nbytes: int) -> None:
+    """Raise `SaveFailed` unless the file system under `run` has `nbytes` free."""
+    free = shutil.disk_usage(run).free
+    if free < nbytes:
+        problem = Problem(
+            "space",
+            str(run),
+            f"the checkpoint needs {nbytes:,} bytes, {free:,} are free: no space left",
+            "free space, raise the quota, or keep fewer checkpoints (keep_last, keep_every)",
+        )
+        raise SaveFailed("not enough space for the checkpoint", [problem])
+
+
+def publish(staging: Path, final: Path, aside: Path) -> None:
+    """Rename the finished `staging` directory to `final`: the one act that commits a checkpoint.
+
+    A checkpoint that already stands at `final` (the same step, trained again) is first renamed to `aside`
+    and deleted after the commit, so that a crash at any point loses neither.
+    """
+    fsync_directory(staging)
+    replaces = final.exists()
+    if replaces:
+        os.rename(final, aside)
+    os.rename(staging, final)
+    fsync_directory(final.parent)
+    if replaces:
+        remove_checkpoint(aside)
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Delete a checkpoint directory whose name matches one of ours whole; refuse any other with ValueError.
+
+    It is renamed first, so that a crash half-way never leaves something that looks like a checkpoint.
+    """
+    if names.parse_step(directory.name) is None and not names.is_leftover(directory.name):
+        raise ValueError(f"{directory} is not named like a checkpoint; nothing was deleted")
+    doomed = directory
+    if not directory.name.startswith(".removed-"):
+        doomed = directory.with_name(names.removed_directory(directory.name))
+        os.rename(directory, doomed)
+        fsync_directory(directory.parent)
+    shutil.rmtree(doomed)
+    fsync_directory(directory.parent)

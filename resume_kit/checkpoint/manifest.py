@@ -1,0 +1,210 @@
+"""The manifest: the whole checkpoint's account, written last. A directory without it is torn."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resume_kit.checkpoint import canonical, names
+from resume_kit.checkpoint.records import TensorKey, TensorSpec
+from resume_kit.errors import CheckpointDamaged, Problem, ResumeRefused
+
+FORMAT = "resume_kit"
+SCHEMA = 1
+
+#: Features a manifest may require of its reader. A reader refuses a checkpoint that requires another.
+KNOWN_FEATURES = frozenset({"cast-of-master"})
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A logical tensor: its fingerprint over all ranks, whether its bytes are stored, and the replica's owner.
+
+    `owner` is the rank whose file holds a tensor that every rank holds whole; None for a sharded one.
+    """
+
+    spec: TensorSpec
+    fingerprint: str
+    stored: bool
+    owner: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RankEntry:
+    """Sizes in bytes and digests of one rank's two files, and the digest of its RNG record."""
+
+    rank: int
+    data_bytes: int
+    data_digest: str
+    index_bytes: int
+    index_digest: str
+    rng_digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`state` holds what every rank shares: param groups, scheduler, counters, scaler, optimizer scalars.
+
+    `pinned` is what a resume compares with the live run: configuration, model, optimizer groups, versions, data.
+    """
+
+    run_id: str
+    attempt: int
+    step: int
+    created: float
+    engine: dict[str, Any]
+    tensors: tuple[TensorEntry, ...]
+    ranks: tuple[RankEntry, ...]
+    aliases: dict[str, str]
+    state: dict[str, Any]
+    data: dict[str, Any]
+    pinned: dict[str, Any]
+    gate: dict[str, Any] | None
+    requires: tuple[str, ...] = field(default=())
+
+    @property
+    def world_size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all data and index files."""
+        return sum(entry.data_bytes + entry.index_bytes for entry in self.ranks)
+
+    def by_key(self) -> dict[TensorKey, TensorEntry]:
+        return {entry.spec.key: entry for entry in self.tensors}
+
+    def to_bytes(self) -> bytes:
+        return canonical.sign(
+            {
+                "format": FORMAT,
+                "schema": SCHEMA,
+                "requires": sorted(self.requires),
+                "run_id": self.run_id,
+                "attempt": self.attempt,
+                "step": self.step,
+                "created": self.created,
+                "engine": self.engine,
+                "tensors": [
+                    [
+                        entry.spec.key.kind,
+                        entry.spec.key.name,
+                        entry.spec.dtype,
+                        list(entry.spec.shape),
+                        entry.fingerprint,
+                        entry.stored,
+                        entry.owner,
+                    ]
+                    for entry in self.tensors
+                ],
+                "ranks": [
+                    {
+                        "data": {"file": names.data_file(r.rank), "bytes": r.data_bytes, "digest": r.data_digest},
+                        "index": {"file": names.index_file(r.rank), "bytes": r.index_bytes, "digest": r.index_digest},
+                        "rng": r.rng_digest,
+                    }
+                    for r in self.ranks
+                ],
+                "aliases": self.aliases,
+                "state": self.state,
+                "data": self.data,
+                "pinned": self.pinned,
+                "gate": self.gate,
+            }
+        )
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a committed checkpoint.
+
+    Raises `CheckpointDamaged` when its bytes are not those that were committed, and `ResumeRefused` when they
+    are but this version cannot read them (schema, required feature).
+    """
+    path = directory / names.MANIFEST
+    raw = canonical.read_bytes(path)
+    try:
+        document = canonical.parse_signed(raw, path)
+    except CheckpointDamaged as damage:
+        raise _with_schema(damage, raw, path) from None
+    _require_readable(document, path)
+    try:
+        manifest = _from_document(document)
+    except (KeyError, TypeError, ValueError) as error:
+        raise canonical.damaged(path, f"a field is missing or malformed: {error!r}") from None
+    if directory.name != names.step_directory(manifest.step) and names.parse_step(directory.name) is not None:
+        raise canonical.damaged(
+            path, f"it says step {manifest.step}, its directory says {directory.name}", "undo the rename"
+        )
+    return manifest
+
+
+def _with_schema(damage: CheckpointDamaged, raw: bytes, path: Path) -> CheckpointDamaged:
+    """`damage`, with a word on the schema where the unreadable manifest states a strange one."""
+    try:
+        stated = json.loads(raw).get("schema", SCHEMA)
+    except (ValueError, AttributeError, RecursionError):
+        return damage
+    if stated == SCHEMA:
+        return damage
+    note = Problem("schema", str(path), f"it states schema version {stated}; this resume_kit reads version {SCHEMA}")
+    return CheckpointDamaged(damage.headline, [*damage.problems, note])
+
+
+def _require_readable(document: dict[str, Any], path: Path) -> None:
+    problems = []
+    if document.get("format") != FORMAT:
+        problems.append(Problem("schema", str(path), f"format is {document.get('format')!r}, not {FORMAT!r}"))
+    elif document.get("schema") != SCHEMA:
+        problems.append(
+            Problem(
+                "schema",
+                str(path),
+                f"schema version {document.get('schema')}; this resume_kit reads version {SCHEMA}",
+                "use the version of resume_kit that wrote it",
+            )
+        )
+    unknown = sorted(set(document.get("requires", [])) - KNOWN_FEATURES)
+    if unknown:
+        problems.append(
+            Problem(
+                "schema",
+                str(path),
+                f"requires features that this resume_kit does not know: {', '.join(map(str, unknown))}",
+                "update resume_kit",
+            )
+        )
+    if problems:
+        raise ResumeRefused(f"{path} cannot be read by this version", problems)
+
+
+def _from_document(document: dict[str, Any]) -> Manifest:
+    return Manifest(
+        run_id=document["run_id"],
+        attempt=document["attempt"],
+        step=document["step"],
+        created=document["created"],
+        engine=document["engine"],
+        tensors=tuple(
+            TensorEntry(TensorSpec(TensorKey(kind, name), dtype, tuple(shape)), fingerprint, stored, owner)
+            for kind, name, dtype, shape, fingerprint, stored, owner in document["tensors"]
+        ),
+        ranks=tuple(
+            RankEntry(
+                rank,
+                entry["data"]["bytes"],
+                entry["data"]["digest"],
+                entry["index"]["bytes"],
+                entry["index"]["digest"],
+                entry["rng"],
+            )
+            for rank, entry in enumerate(document["ranks"])
+        ),
+        aliases=document["aliases"],
+        state=document["state"],
+        data=document["data"],
+        pinned=document["pinned"],
+        gate=document["gate"],
+        requires=tuple(document["requires"]),
+    )

@@ -1,0 +1,1 @@
+"""The DeepSpeed ZeRO-1/2/3 adapter."""

@@ -1,0 +1,52 @@
+"""The one place that reads environment variables, and the software and hardware that a run stands on. No torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "torchdata")
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what can change a trained number: packages, Python, GPU driver."""
+    found = {"python": platform.python_version(), "driver": _driver()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def _driver() -> str:
+    try:
+        words = _DRIVER.read_text().split("\n", 1)[0].split()
+    except OSError:
+        return "none"
+    return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
+
+
+def host_name() -> str:
+    return socket.gethostname()
+
+
+def local_rank() -> int:
+    """Rank of this process on its host, as every launcher sets it; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def available_memory() -> int | None:
+    """Bytes of host memory that can be had without swapping; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,129 @@
+"""Is a committed checkpoint whole? Quick: manifest, indices, sizes, coverage. Deep: every byte of data as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from resume_kit.algebra import fingerprint
+from resume_kit.checkpoint import canonical, names
+from resume_kit.checkpoint.index import RankIndex
+from resume_kit.checkpoint.layout import entry_name, read_header
+from resume_kit.checkpoint.manifest import Manifest, read_manifest
+from resume_kit.checkpoint.reading import check_data_file, read_index, read_ranges
+from resume_kit.errors import CheckpointDamaged, Problem, ResumeKitError
+from resume_kit.integrity.assembly import assemble
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+#: `progress(done, total)` in bytes.
+Progress = Callable[[int, int], None]
+
+
+def quick_problems(directory: Path) -> list[Problem]:
+    """All that is wrong with a checkpoint, without reading tensor data."""
+    try:
+        manifest = read_manifest(directory)
+    except ResumeKitError as error:
+        return list(error.problems) or [Problem("manifest", str(directory), error.headline)]
+    _, problems = _indices(directory, manifest)
+    return problems
+
+
+def deep_problems(directory: Path, progress: Progress = lambda _done, _total: None) -> list[Problem]:
+    """`quick_problems`, and every byte of every data file against its digests, header and fingerprints."""
+    try:
+        manifest = read_manifest(directory)
+    except ResumeKitError as error:
+        return list(error.problems) or [Problem("manifest", str(directory), error.headline)]
+    indices, problems = _indices(directory, manifest)
+    total = sum(index.data.size for index in indices)
+    done = 0
+    for index in indices:
+        for problem, size in _data_problems(directory, index):
+            done += size
+            progress(done, total)
+            problems += [problem] if problem else []
+    return problems
+
+
+def _indices(directory: Path, manifest: Manifest) -> tuple[list[RankIndex], list[Problem]]:
+    indices, problems = [], list(_strangers(directory, manifest))
+    for rank in range(manifest.world_size):
+        for check in (read_index, check_data_file):
+            try:
+                found = check(directory, manifest, rank)
+                if isinstance(found, RankIndex):
+                    indices.append(found)
+            except CheckpointDamaged as damage:
+                problems += damage.problems
+    if len(indices) == manifest.world_size:
+        owned = {entry.spec.key for entry in manifest.tensors if entry.owner is not None}
+        assembly = assemble(indices, owned)
+        problems += assembly.problems
+        if assembly.tensors != manifest.tensors:
+            path = str(directory / names.MANIFEST)
+            problems.append(Problem("ownership", path, "the indices and the manifest tell different things"))
+        for index in indices:
+            if canonical.digest(canonical.dumps(index.rng)) != manifest.ranks[index.rank].rng_digest:
+                path = str(directory / names.index_file(index.rank))
+                problems.append(Problem("rng", path, "the RNG record is not the one in the manifest"))
+            if index.data.whole != manifest.ranks[index.rank].data_digest:
+                path = str(directory / names.index_file(index.rank))
+                problems.append(Problem("integrity", path, "its block digests are not those of the manifest's file"))
+    return indices, problems
+
+
+def _strangers(directory: Path, manifest: Manifest) -> Iterator[Problem]:
+    expected = {names.MANIFEST}
+    for rank in range(manifest.world_size):
+        expected |= {names.data_file(rank), names.index_file(rank)}
+    for entry in sorted(directory.iterdir()):
+        if entry.name not in expected:
+            yield Problem("integrity", str(entry), "does not belong to this checkpoint", "move it elsewhere")
+
+
+def _data_problems(directory: Path, index: RankIndex) -> Iterator[tuple[Problem | None, int]]:
+    """Yield a problem or None for each run of blocks read, with its size in bytes."""
+    path = directory / index.data_file
+    step = index.data.block_bytes
+    whole = True
+    for start in range(0, index.data.size, step):
+        stop = min(start + step, index.data.size)
+        try:
+            read_ranges(path, index.data, [(start, stop)])
+            yield None, stop - start
+        except CheckpointDamaged as damage:
+            whole = False
+            yield damage.problems[0], stop - start
+    if whole:
+        for problem in _content_problems(path, index):
+            yield problem, 0
+
+
+def _content_problems(path: Path, index: RankIndex) -> Iterator[Problem]:
+    """The safetensors header and every stored piece's fingerprint against the index."""
+    with path.open("rb") as file:
+        image = memoryview(np.memmap(file, dtype=np.uint8, mode="r"))
+        try:
+            header = read_header(image)
+        except ValueError as error:
+            yield canonical.damaged(path, str(error)).problems[0]
+            return
+        base = 8 + int.from_bytes(image[:8], "little")
+        for piece in index.pieces:
+            if piece.offset is None:
+                continue
+            entry = header.get(entry_name(piece.spec, piece.box), {})
+            where = [piece.offset - base, piece.offset - base + piece.nbytes]
+            if entry.get("data_offsets") != where:
+                yield Problem("integrity", f"{path}, {piece.key}", "the file's header has it elsewhere than the index")
+            data = np.frombuffer(
+                image[piece.offset : piece.offset + piece.nbytes], dtype=_UNSIGNED[piece.spec.itemsize]
+            )
+            actual = fingerprint.to_hex(fingerprint.fingerprint_of_box(data, piece.spec.shape, piece.box))
+            if actual != piece.fingerprint:
+                what = f"its bytes have fingerprint {actual}, the tensor had {piece.fingerprint} when it was saved"
+                yield Problem("fingerprint", f"{path}, {piece.key} [{piece.box}]", what, canonical.RESTORE)

@@ -1,0 +1,1 @@
+"""The staged proof: elect, preflight, load, prove, gate, replay audit."""

@@ -1,0 +1,101 @@
+"""Prove: the live engine's tensors, scalars and counters are those that were saved, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from resume_kit.algebra import fingerprint
+from resume_kit.algebra.boxes import Box
+from resume_kit.checkpoint import canonical
+from resume_kit.checkpoint.manifest import Manifest
+from resume_kit.engines.adapter import EngineAdapter
+from resume_kit.engines.fingerprint import as_unsigned, fingerprints
+from resume_kit.errors import Problem, ResumeRefused
+from resume_kit.integrity.differences import brief, differences
+from resume_kit.resuming.wanted import stored_key
+
+_REMEDY = "do not train on; resume again, and if it repeats suspect this rank's memory or GPU"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a proof compared: sharded tensors over all ranks, whole copies on this rank, and what was wrong."""
+
+    tensors: int
+    copies: int
+    problems: tuple[Problem, ...]
+
+
+def prove_tensors(adapter: EngineAdapter, manifest: Manifest, rank: int) -> Proof:
+    """Fingerprints of live tensors against the manifest's. Collective: one all-reduce of 8 bytes a tensor."""
+    entries = manifest.by_key()
+    pieces, replicas = adapter.pieces(), adapter.replicas()
+    sharded = [entry for entry in manifest.tensors if entry.owner is None]
+    number = {entry.spec.key: i for i, entry in enumerate(sharded)}
+    problems = [
+        Problem("fingerprint", str(piece.spec.key), "live, but not in the manifest", _REMEDY)
+        for piece in pieces
+        if piece.spec.key not in number
+    ]
+    known = [piece for piece in pieces if piece.spec.key in number]
+    sums = torch.zeros(len(sharded), dtype=torch.int64, device=adapter.device)
+    if known:
+        partial = fingerprints((p.data, p.spec.shape, p.box) for p in known).to(sums.device)
+        where = torch.tensor([number[p.spec.key] for p in known], device=sums.device)
+        sums.index_add_(0, where, partial)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    for entry, value in zip(sharded, as_unsigned(sums), strict=True):
+        problems += _compare(str(entry.spec.key), value, entry.fingerprint, "over all ranks")
+    if replicas:
+        values = as_unsigned(fingerprints((r.data.view(-1), r.spec.shape, Box.whole(r.spec.shape)) for r in replicas))
+        for replica, value in zip(replicas, values, strict=True):
+            key = stored_key(replica.spec.key, entries, rank)
+            problems += _compare(str(key), value, entries[key].fingerprint, f"rank {rank}'s whole copy")
+    return Proof(len(sharded), len(replicas), tuple(problems))
+
+
+def _compare(name: str, actual: int, stated: str, whose: str) -> list[Problem]:
+    if fingerprint.to_hex(actual) == stated:
+        return []
+    return [Problem("fingerprint", name, f"{whose} it is {fingerprint.to_hex(actual)}, saved {stated}", _REMEDY)]
+
+
+def prove_state(adapter: EngineAdapter, manifest: Manifest, rank: int) -> list[Problem]:
+    """Steps, LR, param groups, scheduler, scaler and optimizer scalars of this rank against the manifest's."""
+    saved: dict[str, Any] = canonical.decode(manifest.state)
+    scalars = saved.pop("scalars")
+    saved.pop("user", None)
+    live = _plain(adapter.state())
+    problems = [
+        Problem("state", f"rank {rank}, {path}", f"live {brief(new)}, saved {brief(old)}", _REMEDY)
+        for path, old, new in differences(_plain(saved), live)
+    ]
+    for name, values in adapter.scalars().items():
+        problems += [
+            Problem("optimizer scalars", f"rank {rank}, {name}.{path}", f"live {brief(new)}, saved {brief(old)}", _REMEDY)
+            for path, old, new in differences(scalars.get(name), _plain(values))
+        ]
+    return problems
+
+
+def _plain(value: Any) -> Any:
+    return canonical.decode(canonical.encode(value))
+
+
+def all_agree(what: str) -> Callable[[list[Any]], None]:
+    """A combiner that raises unless all ranks computed the same value."""
+
+    def combine(values: list[Any]) -> None:
+        odd = [rank for rank, value in enumerate(values) if value != values[0]]
+        if odd:
+            text = f"{brief(values[odd[0]])}, rank 0 has {brief(values[0])}"
+            problem = Problem("agreement", f"rank {odd[0]}, {what}", text, _REMEDY)
+            raise ResumeRefused(f"the ranks disagree on {what}", [problem])
+
+    return combine

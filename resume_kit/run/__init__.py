@@ -1,0 +1,1 @@
+"""The run's lifecycle: the kit (facade), journal, schedule, retention."""

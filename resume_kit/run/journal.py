@@ -1,0 +1,102 @@
+"""The run's append-only journal: one JSON object a line, read back bit for bit. No torch.
+
+Every event has `event`, `attempt` and `time` (Unix seconds). Non-finite floats are the strings "NaN", "Infinity"
+and "-Infinity". A last line that a crash cut off is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from resume_kit.checkpoint.names import JOURNAL
+from resume_kit.errors import CheckpointDamaged, Problem
+
+EVENTS = frozenset({"start", "resume", "refuse", "step", "save", "commit", "preempt", "end"})
+_SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class Journal:
+    """Appends events of one attempt. Only one rank of a run writes."""
+
+    def __init__(self, run: Path, *, attempt: int) -> None:
+        self._attempt = attempt
+        path = run / JOURNAL
+        cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+        if cut_off:
+            os.write(self._descriptor, b"\n")
+
+    def write(self, event: str, fields: Mapping[str, Any], *, durable: bool = False) -> None:
+        """Append one event in one write; `durable` waits until it is on disk."""
+        if event not in EVENTS:
+            raise ValueError(f"unknown event {event!r}")
+        record = {"event": event, "attempt": self._attempt, "time": time.time(), **fields}
+        line = json.dumps(_plain(record), separators=(",", ":"), allow_nan=False)
+        os.write(self._descriptor, line.encode() + b"\n")
+        if durable:
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def number(value: Any) -> Any:
+    """A journaled figure as a float again where it was not finite."""
+    return _SPECIAL.get(value, value) if isinstance(value, str) else value
+
+
+def read_journal(run: Path) -> Iterator[dict[str, Any]]:
+    """All whole events of a run, oldest first; nothing for a run without a journal.
+
+    A torn line is skipped (a crash cut it off). Raises `CheckpointDamaged` when the file cannot be read.
+    """
+    path = run / JOURNAL
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        problem = Problem("journal", str(path), f"cannot be read: {error.strerror}", "check permissions")
+        raise CheckpointDamaged("the journal cannot be read", [problem]) from error
+    for line in raw.split(b"\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("event") in EVENTS:
+            yield record
+
+
+def last_attempt(run: Path) -> int:
+    """Number of the newest attempt that wrote to the journal; 0 for a new run."""
+    return max((int(record["attempt"]) for record in read_journal(run)), default=0)
+
+
+def run_id_of(run: Path) -> str | None:
+    """The run's id, from its first start event."""
+    return next((record["run_id"] for record in read_journal(run) if record["event"] == "start"), None)
+
+
+def steps_after(run: Path, step: int) -> dict[int, dict[str, Any]]:
+    """The newest event of every step later than `step`, with figures as numbers."""
+    found: dict[int, dict[str, Any]] = {}
+    for record in read_journal(run):
+        if record["event"] == "step" and record["step"] > step:
+            found[record["step"]] = {key: number(value) for key, value in record.items()}
+    return found

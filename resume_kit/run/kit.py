@@ -1,0 +1,351 @@
+"""The kit: what a training script holds. Make it from engine, data and policy; resume; tell it each step's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from resume_kit.checkpoint import canonical
+from resume_kit.checkpoint.manifest import Manifest
+from resume_kit.engines import rng
+from resume_kit.engines.adapter import Forward, GateResult
+from resume_kit.engines.choose import adapter_for
+from resume_kit.engines.coordination import Coordinator
+from resume_kit.environment import software_versions
+from resume_kit.errors import Problem, ResumeKitError, ResumeRefused, UsageError
+from resume_kit.resuming.audit import ReplayAudit
+from resume_kit.resuming.policy import Policy
+from resume_kit.resuming.preflight import LiveRun
+from resume_kit.resuming.report import Report
+from resume_kit.resuming.resume import Resumer, Resumption, choose_tolerance
+from resume_kit.run.attempt import Attempt
+from resume_kit.run.journal import steps_after
+from resume_kit.run.retention import Retention, prune, set_aside
+from resume_kit.saving.save import Commit, SaveRequest, save
+from resume_kit.saving.staging import Arena
+
+
+class ResumableData(Protocol):
+    """What the kit needs of the training data; `ResumableLoader` is one."""
+
+    before_first_fetch: Callable[[], None] | None
+
+    @property
+    def position(self) -> int:
+        """Samples consumed by all ranks together."""
+
+    @property
+    def global_batch_size(self) -> int: ...
+
+    def seek(self, position: int) -> None: ...
+
+    def fingerprint(self) -> dict[str, str | int]: ...
+
+    def batch_digest(self, position: int | None = None) -> str: ...
+
+    def pinned_batch(self, size: int) -> Any: ...
+
+
+class Stateful(Protocol):
+    """The user's own state: plain values in, plain values out."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def causal_lm_loss(module: torch.nn.Module, batch: Any) -> torch.Tensor:
+    """The loss of a transformers model for a batch with labels."""
+    loss: torch.Tensor = module(**batch).loss
+    return loss
+
+
+class ResumeKit:
+    """Saves on a schedule, resumes with proof, journals every step. Make it before any training, on every rank.
+
+    engine: what `deepspeed.initialize` returned.
+    data: the `ResumableLoader` that feeds the training loop.
+    policy: what may differ on resume; the default is strict.
+    run_dir: a directory that all ranks share.
+    save_every: optimizer steps between saves; None leaves saving to `save()`.
+    forward: `forward(module, batch) -> loss` for the gate; the default suits transformers models.
+    config: the run's own configuration, pinned and compared on resume. Plain values.
+    state: further objects with state_dict/load_state_dict of plain values, alike on all ranks.
+    timeout: bound in seconds of every wait for another rank.
+    show: called on rank 0 with the text of each report.
+
+    Raises `UsageError` for an engine, directory or configuration that cannot be used.
+    """
+
+    GATE_SAMPLES = 1
+
+    def __init__(
+        self,
+        engine: Any,
+        data: ResumableData,
+        policy: Policy | None = None,
+        *,
+        run_dir: str | Path,
+        save_every: int | None = None,
+        retention: Retention | None = None,
+        forward: Forward = causal_lm_loss,
+        config: Mapping[str, Any] | None = None,
+        state: Mapping[str, Stateful] | None = None,
+        timeout: float = 600.0,
+        show: Callable[[str], None] = print,
+    ) -> None:
+        if save_every is not None and save_every < 1:
+            raise UsageError(f"save_every is {save_every}; give a number of steps, or leave it out")
+        self.policy = policy or Policy()
+        self.report: Report | None = None
+        self._adapter = adapter_for(engine)
+        self._coordinator = Coordinator.of_default_group(timeout=timeout)
+        self._data = data
+        self._save_every = save_every
+        self._retention = retention or Retention()
+        self._forward = forward
+        self._user_state = dict(state or {})
+        self._show = show
+        self._description = self._adapter.describe()
+        self._versions = software_versions()
+        self._pinned = {
+            **self._description.pinned,
+            "config": dict(config or {}),
+            "groups": [dict(group) for group in self._description.groups],
+            "versions": self._versions,
+        }
+        self._fingerprint = data.fingerprint()
+        self._arena = Arena(self._adapter.device)
+        self._attempt = Attempt(Path(run_dir), self._coordinator)
+        self._attempt.start(
+            {
+                **self._what_runs(),
+                "topology": self._adapter.topology,
+                "config": canonical.encode(self._pinned["config"], "config"),
+            }
+        )
+        self._audit: ReplayAudit | None = None
+        self._losses: list[torch.Tensor] = []
+        self._position = data.position
+
+    @property
+    def run_dir(self) -> Path:
+        return self._attempt.run
+
+    @property
+    def attempt(self) -> int:
+        """Number of this start of the run, counted from 1."""
+        return self._attempt.number
+
+    @property
+    def step_number(self) -> int:
+        """Optimizer steps taken so far."""
+        return self._adapter.step
+
+    def resume(self) -> int:
+        """Bring the run back and prove it; return the number of optimizer steps already taken (0 for a new run).
+
+        Collective. Raises `ResumeRefused` or `CheckpointDamaged`, alike on all ranks, when training must not go on.
+        """
+        report = Report(run=str(self.run_dir), attempt=self.attempt)
+        self.report = report
+        resumer = Resumer(
+            self.run_dir,
+            adapter=self._adapter,
+            coordinator=self._coordinator,
+            policy=self.policy,
+            live=LiveRun(self._description, self._pinned, self._versions, self._data_now(), self._adapter.topology),
+            report=report,
+            gate=self._run_gate if self.policy.gate else None,
+            restore_run=self._restore_run,
+            data_position=lambda: self._data.position,
+        )
+        try:
+            resumption = resumer.resume()
+        except ResumeKitError as error:
+            report.failed("refused", error.problems)
+            report.decision = f"refused: {error.headline}"
+            self._attempt.refuse(error, report)
+            if self._coordinator.rank == 0:
+                self._show(report.render())
+            raise
+        step = resumption.manifest.step if resumption else 0
+        if resumption is not None:
+            self._go_on_from(resumption, report)
+        self._position = self._data.position
+        tolerance, _ = choose_tolerance(self.policy, self._adapter.device)
+        recorded = self._coordinator.on_rank_zero("journal", lambda: _step_items(self.run_dir, step))
+        self._audit = ReplayAudit(
+            {int(event["step"]): event for event in recorded}, tolerance, self.policy.replay == "stop"
+        )
+        if self._coordinator.rank == 0:
+            self._show(report.render())
+        return step
+
+    def step(self, loss: torch.Tensor | float) -> dict[str, Any] | None:
+        """Tell the kit the loss of a micro-batch, after `engine.step()`. Collective.
+
+        Returns None inside an accumulation, else the journaled record of the optimizer step: step, loss (mean over
+        micro-batches and ranks), grad_norm, lr, samples, batch. Saves when the schedule says so.
+        """
+        if self._audit is None:
+            raise UsageError("call resume() before the first step(); it returns 0 for a new run")
+        self._losses.append(torch.as_tensor(loss).detach().to(torch.float64))
+        if not self._adapter.at_step_boundary:
+            return None
+        record = self._record_of_step()
+        self._attempt.record("step", record)
+        for problem in self._audited(record):
+            if self._coordinator.rank == 0:
+                self._show(f"warning: {problem}")
+        if self._save_every and record["step"] % self._save_every == 0:
+            self.save()
+        return record
+
+    def save(self) -> Commit:
+        """Take a checkpoint now, between optimizer steps. Collective. Returns once it is committed."""
+        if self._audit is None:
+            raise UsageError("call resume() before save()")
+        step = self._adapter.step
+        self._attempt.record("save", {"step": step})
+        gate = self._run_gate() if self.policy.gate else None
+        request = SaveRequest(
+            directory=self.run_dir,
+            run_id=self._attempt.run_id,
+            attempt=self.attempt,
+            step=step,
+            description=self._description,
+            state={**self._adapter.state(), "user": {name: s.state_dict() for name, s in self._user_state.items()}},
+            data={**self._data_now(), "position": self._data.position},
+            pinned=self._pinned,
+            gate=None if gate is None else {"loss": gate.loss, "grad_norm": gate.grad_norm},
+        )
+        commit = save(request, self._adapter, self._coordinator, self._arena)
+        self._attempt.record(
+            "commit",
+            {"step": step, "bytes": commit.total_bytes, "seconds": dict(commit.seconds), "gate": request.gate},
+            durable=True,
+        )
+        self._coordinator.on_rank_zero("retention", lambda: prune(self.run_dir, self._retention))
+        return commit
+
+    def close(self) -> None:
+        """Journal the end of the run. Call it once training is done."""
+        self._attempt.record("end", {"step": self._adapter.step, "samples": self._data.position}, durable=True)
+
+    def _go_on_from(self, resumption: Resumption, report: Report) -> None:
+        manifest = resumption.manifest
+        aside = self._coordinator.on_rank_zero(
+            "set aside", lambda: set_aside(self.run_dir, after=manifest.step, attempt=self.attempt)
+        )
+        if aside:
+            steps = ", ".join(map(str, aside))
+            report.warned("hand-over", "set aside", f"later checkpoints of steps {steps} moved to set-aside/")
+        self._attempt.resumed(
+            report, {**self._what_runs(), "step": manifest.step, "target_step": manifest.step + 1}
+        )
+        self._data.before_first_fetch = lambda: self._check_rng(resumption)
+
+    def _check_rng(self, resumption: Resumption) -> None:
+        """At the first batch: nobody has touched a generator since it was restored."""
+
+        def local() -> None:
+            live = rng.digests(rng.capture(self._adapter.rng_trackers()))
+            problems = [
+                Problem(
+                    "rng",
+                    f"rank {self._coordinator.rank}, {name}",
+                    "changed between resume() and the first batch: something seeded or drew after the load",
+                    "seed before making the kit, never after resume()",
+                )
+                for name, digest in resumption.rng_digests.items()
+                if live.get(name) != digest
+            ]
+            if problems:
+                raise ResumeRefused("the restored RNG was overwritten", problems)
+
+        try:
+            self._coordinator.round("first batch", local, lambda _: None)
+        except ResumeKitError as error:
+            assert self.report is not None
+            self._attempt.refuse(error, self.report)
+            raise
+
+    def _record_of_step(self) -> dict[str, Any]:
+        start, size = self._position, self._data.global_batch_size
+        self._position = self._data.position
+        if self._position != start + size:
+            raise ResumeRefused(
+                f"step {self._adapter.step} consumed {self._position - start} samples of the kit's data, not {size}",
+                [Problem("data", f"rank {self._coordinator.rank}", "the loop takes its batches from elsewhere", "iterate over the loader given to the kit")],
+            )
+        return {
+            "step": self._adapter.step,
+            "loss": self._mean_loss(),
+            "grad_norm": self._adapter.grad_norm,
+            "lr": self._adapter.learning_rate,
+            "samples": self._position,
+            "batch": self._data.batch_digest(start),
+        }
+
+    def _mean_loss(self) -> float:
+        """Mean over micro-batches, then over ranks in rank order, in double precision."""
+        mine = torch.stack(self._losses).mean().to(self._adapter.device)
+        self._losses.clear()
+        if not dist.is_initialized():
+            return float(mine)
+        every = [torch.empty_like(mine) for _ in range(self._coordinator.world_size)]
+        dist.all_gather(every, mine)
+        return float(torch.stack(every).mean())
+
+    def _audited(self, record: Mapping[str, Any]) -> list[Problem]:
+        assert self._audit is not None
+        try:
+            return self._audit.compare(record)
+        except ResumeKitError as error:
+            assert self.report is not None
+            self._attempt.refuse(error, self.report)
+            raise
+
+    def _run_gate(self) -> GateResult:
+        batch = self._data.pinned_batch(self.GATE_SAMPLES)
+        return self._adapter.run_gate(self._forward, _to_device(batch, self._adapter.device))
+
+    def _restore_run(self, manifest: Manifest) -> None:
+        self._data.seek(int(manifest.data["position"]))
+        saved: dict[str, Any] = canonical.decode(manifest.state)["user"]
+        if set(saved) != set(self._user_state):
+            problem = Problem("state", "user state", f"saved {sorted(saved)}, live {sorted(self._user_state)}")
+            raise ResumeRefused("the objects given as state= are not those of the save", [problem])
+        for name, holder in self._user_state.items():
+            holder.load_state_dict(saved[name])
+
+    def _data_now(self) -> dict[str, Any]:
+        return {"fingerprint": self._fingerprint, "global_batch_size": self._data.global_batch_size}
+
+    def _what_runs(self) -> dict[str, Any]:
+        return {
+            "dataset": self._fingerprint,
+            "global_batch_size": self._data.global_batch_size,
+            "world_size": self._coordinator.world_size,
+            "versions": self._versions,
+        }
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to_device(item, device) for item in value)
+    return value
+
+
+def _step_items(run: Path, step: int) -> list[dict[str, Any]]:
+    wanted = ("step", "loss", "grad_norm", "lr", "samples", "batch")
+    return [{name: event[name] for name in wanted} for event in steps_after(run, step).values()]

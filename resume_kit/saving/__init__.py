@@ -1,0 +1,1 @@
+"""Capture, stage (the arena is the file), write, commit."""

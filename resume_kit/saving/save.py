@@ -1,0 +1,283 @@
+"""One save, from live state to a committed checkpoint, in two rounds: all agree, all have written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from resume_kit.algebra import fingerprint
+from resume_kit.algebra.boxes import Box
+from resume_kit.checkpoint import canonical, files, names
+from resume_kit.checkpoint.index import RankIndex, parse_index
+from resume_kit.checkpoint.layout import plan_file
+from resume_kit.checkpoint.manifest import Manifest, RankEntry
+from resume_kit.checkpoint.records import TensorKey, TensorSpec
+from resume_kit.engines import rng
+from resume_kit.engines.adapter import EngineAdapter, LivePiece, ModelDescription, Replica
+from resume_kit.engines.coordination import Coordinator
+from resume_kit.engines.fingerprint import as_unsigned, fingerprints
+from resume_kit.errors import InconsistentState, Problem, SaveFailed
+from resume_kit.integrity.assembly import assemble, require_state
+from resume_kit.planning.reads import piece_bytes
+from resume_kit.saving.staging import Arena, cast_matches, stage
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """What a save writes besides the engine's tensors. `directory` is the run directory."""
+
+    directory: Path
+    run_id: str
+    attempt: int
+    step: int
+    description: ModelDescription
+    state: Mapping[str, Any]
+    data: Mapping[str, Any]
+    pinned: Mapping[str, Any]
+    gate: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A committed checkpoint: where it is, its bytes over all ranks, and seconds by phase on this rank."""
+
+    directory: Path
+    step: int
+    total_bytes: int
+    seconds: Mapping[str, float]
+
+
+def save(request: SaveRequest, adapter: EngineAdapter, coordinator: Coordinator, arena: Arena) -> Commit:
+    """Write and commit a checkpoint. Collective.
+
+    Raises the same error on every rank: `InconsistentState` when the live state contradicts itself, `SaveFailed`
+    when it could not be written. Either way nothing was committed and older checkpoints stand.
+    """
+    clock = _Clock()
+    staging = request.directory / names.staging_directory(request.step, request.attempt)
+    replicas = adapter.replicas()
+    pieces = adapter.pieces()
+    differing = coordinator.round(
+        "save: agree",
+        lambda: _account(request, adapter, pieces, replicas),
+        lambda accounts: _agree(accounts, replicas, request.directory, staging),
+    )
+    clock.lap("agree")
+    try:
+        result = coordinator.round(
+            "save: commit",
+            lambda: _write(
+                request, adapter, coordinator, [*pieces, *_shares(replicas, differing, coordinator)], arena, clock
+            ),
+            lambda written: _commit(request, adapter, written, staging, replicas, differing),
+        )
+    except Exception:
+        if coordinator.rank == 0 and staging.is_dir():
+            files.remove_checkpoint(staging)
+        raise
+    clock.lap("commit")
+    return Commit(request.directory / names.step_directory(request.step), request.step, result, clock.seconds)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def _account(
+    request: SaveRequest, adapter: EngineAdapter, pieces: Sequence[LivePiece], replicas: Sequence[Replica]
+) -> dict[str, Any]:
+    """What the ranks compare before anything is written."""
+    if not adapter.at_step_boundary:
+        raise InconsistentState("a checkpoint can only be taken between optimizer steps; gradients are pending")
+    values = as_unsigned(fingerprints((r.data.view(-1), r.spec.shape, Box.whole(r.spec.shape)) for r in replicas))
+    shared = {"step": request.step, **request.state, "data position": request.data["position"]}
+    return {
+        "parts": {part: canonical.value_digest(value) for part, value in shared.items()},
+        "step": request.step,
+        "replicas": [[str(r.spec), fingerprint.to_hex(v)] for r, v in zip(replicas, values, strict=True)],
+        "bytes": piece_bytes((p.spec, p.box) for p in pieces)
+        + piece_bytes((r.spec, Box.whole(r.spec.shape)) for r in replicas if r.restored),
+    }
+
+
+def _agree(
+    accounts: list[dict[str, Any]], replicas: Sequence[Replica], directory: Path, staging: Path
+) -> list[str]:
+    """Compare the ranks' accounts; return the names of per-rank tensors that do differ. Makes the directory."""
+    first = accounts[0]
+    problems = []
+    for rank, account in enumerate(accounts):
+        for part, digest in account["parts"].items():
+            if digest != first["parts"].get(part):
+                what = "differs from rank 0's"
+                if part == "step":
+                    what = f"rank {rank} is at step {account['step']}, rank 0 at step {first['step']}"
+                problems.append(Problem("agreement", f"rank {rank}, {part}", what, "find out which rank went astray"))
+        if [name for name, _ in account["replicas"]] != [name for name, _ in first["replicas"]]:
+            problems.append(Problem("agreement", f"rank {rank}", "it holds other tensors than rank 0"))
+    if problems:
+        raise InconsistentState("the ranks disagree; nothing was saved", problems)
+    differing = []
+    for number, replica in enumerate(replicas):
+        odd = [r for r, a in enumerate(accounts) if a["replicas"][number][1] != first["replicas"][number][1]]
+        if odd and replica.per_rank:
+            differing.append(str(replica.spec.key))
+        elif odd:
+            what = f"rank {odd[0]}'s copy is not rank 0's: the replicas have drifted apart"
+            problems.append(
+                Problem("replicas", str(replica.spec.key), what, "resume from the last commit; suspect that GPU")
+            )
+    if problems:
+        raise InconsistentState("replicas have drifted apart; nothing was saved", problems)
+    files.require_writable(directory)
+    files.require_space(directory, sum(account["bytes"] for account in accounts))
+    if staging.is_dir():
+        files.remove_checkpoint(staging)
+    try:
+        staging.mkdir()
+    except OSError as error:
+        raise files.write_failed(staging, error, 0) from error
+    return differing
+
+
+def _own_name(replica: Replica, rank: int) -> Replica:
+    """A tensor that differs between ranks, under this rank's own name."""
+    key = TensorKey(replica.spec.key.kind, f"{replica.spec.key.name}@rank{rank}")
+    return replace(replica, spec=replace(replica.spec, key=key))
+
+
+def _shares(replicas: Sequence[Replica], differing: Sequence[str], coordinator: Coordinator) -> list[LivePiece]:
+    """The whole tensors that this rank saves: its own versions, and its share of those that all hold alike.
+
+    Each goes to the rank with the least so far, so that all write about the same.
+    """
+    load = [0] * coordinator.world_size
+    mine = []
+    for replica in replicas:
+        if not replica.restored:
+            continue
+        if str(replica.spec.key) in differing:
+            mine.append(_own_name(replica, coordinator.rank))
+            continue
+        owner = load.index(min(load))
+        load[owner] += replica.spec.numel * replica.spec.itemsize
+        if owner == coordinator.rank:
+            mine.append(replica)
+    return [LivePiece(r.spec, Box.whole(r.spec.shape), r.data.detach().reshape(-1)) for r in mine]
+
+
+def _write(
+    request: SaveRequest,
+    adapter: EngineAdapter,
+    coordinator: Coordinator,
+    owned: Sequence[LivePiece],
+    arena: Arena,
+    clock: _Clock,
+) -> dict[str, Any]:
+    """Stage and write this rank's data file and index; return what the manifest says of them."""
+    rank, world_size = coordinator.rank, coordinator.world_size
+    staging = request.directory / names.staging_directory(request.step, request.attempt)
+    unstored = frozenset(number for number, same in enumerate(cast_matches(owned)) if same)
+    layout = plan_file(
+        ((p.spec, p.box) for number, p in enumerate(owned) if number not in unstored),
+        {"format": "resume_kit", "step": str(request.step), "rank": str(rank), "world_size": str(world_size)},
+    )
+    staged = stage(arena, layout, owned, unstored)
+    clock.lap("stage")
+    digests = files.write_image(staging / names.data_file(rank), staged.image)
+    index = RankIndex(
+        run_id=request.run_id,
+        attempt=request.attempt,
+        step=request.step,
+        rank=rank,
+        world_size=world_size,
+        data=digests,
+        pieces=staged.pieces,
+        scalars=canonical.encode(adapter.scalars(), "optimizer scalars"),
+        rng=rng.capture(adapter.rng_trackers()),
+    )
+    raw = index.to_bytes()
+    files.write_durably(staging / names.index_file(rank), raw)
+    files.fsync_directory(staging)
+    clock.lap("write")
+    return {"bytes": len(raw), "digest": canonical.digest(raw)}
+
+
+def _commit(
+    request: SaveRequest,
+    adapter: EngineAdapter,
+    written: list[dict[str, Any]],
+    staging: Path,
+    replicas: Sequence[Replica],
+    differing: Sequence[str],
+) -> int:
+    """On rank 0, after all have written: check the whole, write the manifest, publish. Returns total bytes."""
+    indices = [_read_back(staging, rank, account) for rank, account in enumerate(written)]
+    whole = {r.spec.key for r in replicas if r.restored and str(r.spec.key) not in differing}
+    own = {
+        _own_name(r, rank).spec.key for r in replicas if str(r.spec.key) in differing for rank in range(len(written))
+    }
+    assembly = assemble(indices, whole | own)
+    description = request.description
+    problems = [
+        *assembly.problems,
+        *require_state(
+            assembly.tensors, (spec.key.name for spec in description.weights), description.trainable, request.step
+        ),
+    ]
+    if problems:
+        raise InconsistentState("the checkpoint would not be whole; nothing was committed", problems)
+    manifest = Manifest(
+        run_id=request.run_id,
+        attempt=request.attempt,
+        step=request.step,
+        created=time.time(),
+        engine=adapter.topology,
+        tensors=assembly.tensors,
+        ranks=tuple(
+            RankEntry(
+                index.rank,
+                index.data.size,
+                index.data.whole,
+                account["bytes"],
+                account["digest"],
+                rng.digest(index.rng),
+            )
+            for index, account in zip(indices, written, strict=True)
+        ),
+        aliases=dict(description.aliases),
+        state=canonical.encode({**request.state, "scalars": assembly.scalars}, "state"),
+        data=canonical.encode(dict(request.data), "data"),
+        pinned=canonical.encode(dict(request.pinned), "pinned"),
+        gate=canonical.encode(request.gate, "gate"),
+        requires=("cast-of-master",) if any(not entry.stored for entry in assembly.tensors) else (),
+    )
+    files.write_durably(staging / names.MANIFEST, manifest.to_bytes())
+    final = request.directory / names.step_directory(request.step)
+    try:
+        files.publish(staging, final, request.directory / names.replaced_directory(request.step, request.attempt))
+    except OSError as error:
+        raise files.write_failed(final, error, manifest.total_bytes) from error
+    return manifest.total_bytes
+
+
+def _read_back(staging: Path, rank: int, account: Mapping[str, Any]) -> RankIndex:
+    path = staging / names.index_file(rank)
+    raw = canonical.read_bytes(path)
+    if canonical.digest(raw) != account["digest"]:
+        raise SaveFailed(
+            "an index did not arrive as it was written",
+            [Problem("commit", f"rank {rank}, {path}", "rank 0 reads other bytes", "check the shared file system")],
+        )
+    return parse_index(raw, path)
+
