@@ -34,6 +34,26 @@ class Problem:
         return f"{line}\n    → {self.remedy}" if self.remedy else line
 
 
+#: Findings of one check that a message shows before it counts the rest.
+SHOWN = 6
+
+
+def block(headline: str, problems: Sequence[Problem]) -> str:
+    """One readable block: problems by check, each remedy once, long lists cut short with their count."""
+    lines = [headline]
+    groups: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.check, problem.remedy), []).append(problem)
+    for (check, remedy), members in groups.items():
+        for problem in members[:SHOWN]:
+            lines.append(f"  [{check}] {problem.where}: {problem.what}" if problem.where else f"  [{check}] {problem.what}")
+        if len(members) > SHOWN:
+            lines.append(f"  [{check}] … and {len(members) - SHOWN} more like these")
+        if remedy:
+            lines.append(f"    → {remedy}")
+    return "\n".join(lines)
+
+
 class ResumeKitError(Exception):
     """Base of every error that resume_kit raises on purpose.
 
@@ -43,7 +63,7 @@ class ResumeKitError(Exception):
     def __init__(self, message: str, problems: Iterable[Problem] = ()) -> None:
         self.problems: tuple[Problem, ...] = tuple(problems)
         self.headline = message
-        super().__init__("\n".join([message, *(f"  {problem}" for problem in self.problems)]))
+        super().__init__(block(message, self.problems))
 
 
 class UsageError(ResumeKitError, ValueError):

@@ -161,7 +161,7 @@ class Resumer:
     def _prove(self, examined: _Examined, stage: str = "prove") -> None:
         report, coordinator, manifest = self._report, self._coordinator, examined.manifest
         with report.timed(stage):
-            proof = prove.prove_tensors(self._adapter, manifest, coordinator.rank)
+            proof = prove.prove_tensors(self._adapter, manifest, examined.index)
             problems = [*proof.problems, *prove.prove_state(self._adapter, manifest, coordinator.rank)]
             coordinator.round(stage, lambda: _refuse_if(problems, "the live state is not the saved state"), lambda _: None)
             coordinator.round(
@@ -188,7 +188,7 @@ class Resumer:
             problems = [
                 Problem(
                     "gate",
-                    f"rank {self._coordinator.rank}, {name}",
+                    name,
                     f"{value!r}, at the save {expected[name]!r} (tolerance {tolerance}: {reason})",
                     "the state is as saved, so the computation differs: model code, attention, kernels or flags",
                 )
@@ -196,9 +196,9 @@ class Resumer:
                 if not (value == value and agrees(value, expected[name], tolerance))
             ]
             if rng.capture(self._adapter.rng_trackers()) != before:
-                problems.append(Problem("gate", f"rank {self._coordinator.rank}", "it changed the RNG", "report this"))
+                problems.append(Problem("gate", "side effects", "the forward/backward changed the RNG", "report this"))
             if self._data_position() != position:
-                problems.append(Problem("gate", f"rank {self._coordinator.rank}", "it moved the data position"))
+                problems.append(Problem("gate", "side effects", "the forward/backward moved the data position"))
             self._coordinator.round(
                 "gate", lambda: _refuse_if(problems, "the forward/backward is not as recorded"), lambda _: None
             )

@@ -16,7 +16,7 @@ from resume_kit.engines.adapter import Forward, GateResult
 from resume_kit.engines.choose import adapter_for
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.environment import software_versions
-from resume_kit.errors import Problem, ResumeKitError, ResumeRefused, UsageError
+from resume_kit.errors import InconsistentState, Problem, ResumeKitError, ResumeRefused, UsageError
 from resume_kit.resuming.audit import ReplayAudit
 from resume_kit.resuming.policy import Policy
 from resume_kit.resuming.preflight import LiveRun
@@ -293,14 +293,25 @@ class ResumeKit:
         }
 
     def _mean_loss(self) -> float:
-        """Mean over micro-batches, then over ranks in rank order, in double precision."""
-        mine = torch.stack(self._losses).mean().to(self._adapter.device)
+        """Mean over micro-batches, then over ranks in rank order, in double precision.
+
+        The step and data position travel along: ranks that disagree on either raise `InconsistentState` at once.
+        """
+        loss = torch.stack([loss.to(self._adapter.device) for loss in self._losses]).mean()
         self._losses.clear()
         if not dist.is_initialized():
-            return float(mine)
+            return float(loss)
+        mine = torch.stack([loss, loss.new_tensor(self._adapter.step), loss.new_tensor(self._position)])
         every = [torch.empty_like(mine) for _ in range(self._coordinator.world_size)]
         dist.all_gather(every, mine)
-        return float(torch.stack(every).mean())
+        losses, steps, positions = torch.stack(every).T.tolist()
+        for what, values in (("step", steps), ("data position", positions)):
+            odd = [rank for rank, value in enumerate(values) if value != values[0]]
+            if odd:
+                text = f"rank {odd[0]} is at {what} {values[odd[0]]:.0f}, rank 0 at {what} {values[0]:.0f}"
+                remedy = "resume from the last commit; find out which rank went astray"
+                raise InconsistentState("the ranks disagree", [Problem("agreement", what, text, remedy)])
+        return float(torch.tensor(losses, dtype=torch.float64).mean())
 
     def _audited(self, record: Mapping[str, Any]) -> list[Problem]:
         assert self._audit is not None

@@ -1,0 +1,97 @@
+"""Faults done to a live run on purpose, each on one rank, to see that the check that exists for it fires."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+
+class Faults:
+    """`names` of the form ``what`` (rank 1) or ``what@rank``."""
+
+    def __init__(self, names: list[str], rank: int) -> None:
+        self._mine = {name.split("@")[0] for name in names if int(name.partition("@")[2] or 1) == rank}
+        self._all = {name.split("@")[0] for name in names}
+
+    def before_kit(self, engine: Any, loader: Any) -> None:
+        self.batches = iter(loader) if "iter-before-resume" in self._mine else None
+
+    def before_resume(self, engine: Any, kit: Any) -> None:
+        adapter = kit._adapter
+        publish = adapter.publish
+
+        def then(change: Any) -> None:
+            def published() -> None:
+                publish()
+                change()
+
+            adapter.publish = published
+
+        if "flip-moment" in self._mine:
+            then(lambda: _flip_bit(next(p.data for p in adapter.pieces() if p.spec.key.kind == "exp_avg")))
+        if "flip-master" in self._mine:
+            then(lambda: _flip_bit(next(p.data for p in adapter.pieces() if p.spec.key.kind == "master")))
+        if "flip-weight" in self._mine:
+            then(lambda: _flip_bit(next(p.data for p in adapter.pieces() if p.spec.key.kind == "param")))
+        if "flip-copy" in self._mine:
+            then(lambda: _flip_bit(next(r.data.view(-1) for r in adapter.replicas() if not r.restored)))
+        if "zero-moments" in self._mine:
+            then(lambda: [p.data.zero_() for p in adapter.pieces() if p.spec.key.kind.startswith("exp_avg")])
+        if "wrong-step" in self._mine:
+            restore = adapter.load_state
+
+            def lost(state: Any) -> None:
+                restore(state)
+                for values in adapter._layout.base.state.values():
+                    values["step"] = torch.tensor(1.0)
+
+            adapter.load_state = lost
+        if "other-forward" in self._all:
+            inner = kit._forward
+            kit._forward = lambda module, batch: inner(
+                module, {**batch, "attention_mask": torch.tril(torch.ones_like(batch["input_ids"]))}
+            )
+        if "overlap" in self._mine:
+            pieces = adapter.pieces
+
+            def greedy() -> list[Any]:
+                from dataclasses import replace
+
+                from resume_kit.algebra.boxes import Box
+
+                from resume_kit.checkpoint.records import TensorKey, TensorSpec
+
+                found = pieces()
+                owned = {p.spec.key.name for p in found}
+                other = next(w for w in adapter.describe().weights if w.key.name not in owned)
+                spec = TensorSpec(TensorKey("master", other.key.name), "float32", other.shape)
+                stolen = replace(found[0], spec=spec, box=Box.whole(spec.shape), data=torch.zeros(spec.numel))
+                return [*found, stolen]
+
+            adapter.pieces = greedy
+
+    def after_resume(self, engine: Any) -> None:
+        if "reseed-torch" in self._mine:
+            torch.manual_seed(0)
+        if "reseed-python" in self._mine:
+            random.seed(0)
+
+    def after_engine_step(self, engine: Any, kit: Any) -> None:
+        if "extra-step-counter" in self._mine:
+            engine.global_steps += 1
+        if "drift-weight" in self._mine and engine.global_steps == 3:
+            _flip_bit(next(r.data.view(-1) for r in kit._adapter.replicas() if not r.restored))
+        if "zero-saved-moments" in self._all and engine.global_steps == 3:
+            for piece in kit._adapter.pieces():
+                if piece.spec.key.kind == "exp_avg":
+                    piece.data.zero_()
+        if "adam-step-astray" in self._mine and engine.global_steps == 3:
+            for values in kit._adapter._layout.base.state.values():
+                values["step"] += 1
+
+
+def _flip_bit(data: torch.Tensor) -> None:
+    with torch.no_grad():
+        data.view(torch.uint8)[data.numel() // 2] ^= 1
