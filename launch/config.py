@@ -120,7 +120,7 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
     allowed = get_args(hint) if get_origin(hint) is not dict and get_args(hint) else (get_origin(hint) or hint,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, bool) and bool not in allowed or not isinstance(value, allowed):
+    if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):
         wanted = " or ".join(kind.__name__ for kind in allowed)
         raise UsageError(f"{where} is {value!r}; it must be {wanted}")
     return value

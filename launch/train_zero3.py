@@ -1,7 +1,7 @@
 """Train a transformers causal LM with DeepSpeed ZeRO. Start and resume are the same command.
 
-    deepspeed --num_gpus 2 launch/train_zero3.py --config configs/zero3_tiny.yaml
-    torchrun --nproc-per-node 2 launch/train_zero3.py --config configs/zero3_tiny.yaml --set run.steps=200
+deepspeed --num_gpus 2 launch/train_zero3.py --config configs/zero3_tiny.yaml
+torchrun --nproc-per-node 2 launch/train_zero3.py --config configs/zero3_tiny.yaml --set run.steps=200
 """
 
 from __future__ import annotations

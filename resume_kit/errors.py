@@ -46,7 +46,9 @@ def block(headline: str, problems: Sequence[Problem]) -> str:
         groups.setdefault((problem.check, problem.remedy), []).append(problem)
     for (check, remedy), members in groups.items():
         for problem in members[:SHOWN]:
-            lines.append(f"  [{check}] {problem.where}: {problem.what}" if problem.where else f"  [{check}] {problem.what}")
+            lines.append(
+                f"  [{check}] {problem.where}: {problem.what}" if problem.where else f"  [{check}] {problem.what}"
+            )
         if len(members) > SHOWN:
             lines.append(f"  [{check}] … and {len(members) - SHOWN} more like these")
         if remedy:

@@ -1,7 +1,7 @@
 """Genuine committed checkpoints without torch or an engine: the real format modules, NumPy data.
 
-The model has two sharded weights of which every rank owns a flat range, and a buffer that rank 0 owns. The weights'
-low-precision copies are casts of their masters, so they are proved and not stored, as a save does it.
+The model has two sharded weights, of which every rank owns a flat range, and a buffer that rank 0 owns. The
+low-precision weights are casts of their masters, so they are proved and not stored, as a save does it.
 """
 
 from __future__ import annotations
@@ -141,8 +141,7 @@ def _owned(recipe: Recipe) -> list[Pieces]:
     generator = np.random.default_rng([recipe.seed, recipe.step])
     for name, shape in recipe.weights.items():
         whole = {
-            kind: generator.standard_normal(shape, dtype=np.float32)
-            for kind in ("master", "exp_avg", "exp_avg_sq")
+            kind: generator.standard_normal(shape, dtype=np.float32) for kind in ("master", "exp_avg", "exp_avg_sq")
         }
         tensors = [(kind, "float32", data, True) for kind, data in whole.items()]
         tensors.append(("param", "bfloat16", to_bfloat16(whole["master"]), False))
@@ -176,9 +175,7 @@ def _write_rank(staging: Path, recipe: Recipe, rank: int, owned: Pieces) -> Rank
         if slot is not None:
             image[slot.offset : slot.offset + slot.nbytes] = data.tobytes()
         share = fingerprint.to_hex(fingerprint.fingerprint_of_box(data, spec.shape, box))
-        pieces.append(
-            StoredPiece(spec, box, share, slot.offset if slot else None, slot.nbytes if slot else 0)
-        )
+        pieces.append(StoredPiece(spec, box, share, slot.offset if slot else None, slot.nbytes if slot else 0))
     digests: FileDigest = files.write_image(staging / names.data_file(rank), memoryview(image))
     step = {"step": {"device": "cpu", "dtype": "float32", "value": float(recipe.step)}}
     return RankIndex(

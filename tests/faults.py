@@ -60,7 +60,6 @@ class Faults:
                 from dataclasses import replace
 
                 from resume_kit.algebra.boxes import Box
-
                 from resume_kit.checkpoint.records import TensorKey, TensorSpec
 
                 found = pieces()

@@ -83,7 +83,7 @@ def build(rank: int, world_size: int, job: Job) -> tuple[Any, Any]:
     )
     seed_everything(job.seed)
     shape = {"n_layer": job.layers, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": 256}
-    drop = {name: job.dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), job.dropout)
     model = GPT2LMHeadModel(
         GPT2Config(**{**shape, **drop, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False, **job.model})
     )

@@ -171,9 +171,7 @@ def _call(spawn: Spawn) -> int:
         content = pickle.dumps(outcome)
     except BaseException as error:
         kind = type(error)
-        name = (
-            kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        )
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         outcome = ("error", (name, str(error), traceback.format_exc()))
         content = pickle.dumps(outcome)
     part = f"{spawn.base}.part"

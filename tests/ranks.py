@@ -266,9 +266,7 @@ class RankGroup:
         With a `grace`, the others are stopped that many seconds after the first rank has failed.
         """
         end = time.monotonic() + timeout
-        failed = any(
-            code != 0 for code in self._wait_until(lambda alive: self._some_failed() or not alive, timeout)
-        )
+        failed = any(code != 0 for code in self._wait_until(lambda alive: self._some_failed() or not alive, timeout))
         if failed and grace is not None:
             deadline = time.monotonic() + min(grace, max(end - time.monotonic(), 0))
             while self.alive() and time.monotonic() < deadline:
@@ -312,9 +310,7 @@ class RankGroup:
             with suppress(ProcessLookupError):
                 os.kill(self.pids[rank], STACKS_SIGNAL)
         end = time.monotonic() + 2.0
-        while time.monotonic() < end and not all(
-            "most recent call first" in self._read(r, "stacks") for r in hung
-        ):
+        while time.monotonic() < end and not all("most recent call first" in self._read(r, "stacks") for r in hung):
             time.sleep(_POLL)
         time.sleep(0.1)
         self.kill()
@@ -346,9 +342,7 @@ class RankGroup:
         return ""
 
 
-def start_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, env: Mapping[str, str] | None = None
-) -> RankGroup:
+def start_ranks(fn: Callable[..., Any], world_size: int, *args: Any, env: Mapping[str, str] | None = None) -> RankGroup:
     """Start `fn(rank, world_size, *args)` on every rank and return at once.
 
     `env` is added to each rank's environment.

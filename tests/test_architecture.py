@@ -89,8 +89,7 @@ def _dotted(node: ast.expr, meaning: dict[str, str]) -> str:
 def _is_module_name(text: str) -> bool:
     words = text.split(".")
     return all(word.isidentifier() for word in words) and (
-        text in UNSAFE_MODULES
-        or (words[0] == "resume_kit" and len(words) > 1 and words[1] in {*LAYERS, *ASIDE})
+        text in UNSAFE_MODULES or (words[0] == "resume_kit" and len(words) > 1 and words[1] in {*LAYERS, *ASIDE})
     )
 
 
@@ -129,11 +128,7 @@ def pickle_problems(source: str, module: str) -> list[str]:
         if unsafe:
             problems.add(f"{module}:{node.lineno}: {name}")
     for node in ast.walk(ast.parse(source)):
-        if (
-            isinstance(node, ast.keyword)
-            and node.arg == "allow_pickle"
-            and ast.unparse(node.value) != "False"
-        ):
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
             problems.add(f"{module}:{node.lineno}: allow_pickle")
     return sorted(problems)
 
@@ -198,16 +193,12 @@ def modules_loaded_by(*names: str) -> set[str]:
         "            importlib.import_module(found.name)\n"
         "print(*{name.split('.')[0] for name in sys.modules})"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    run = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     return set(run.stdout.split())
 
 
-@pytest.mark.parametrize(
-    "layer", ["", *[name for name in TORCH_FREE if (PACKAGE / name / "__init__.py").exists()]]
-)
+@pytest.mark.parametrize("layer", ["", *[name for name in TORCH_FREE if (PACKAGE / name / "__init__.py").exists()]])
 def test_what_a_login_node_needs_imports_no_torch(layer: str) -> None:
     assert not HEAVY & modules_loaded_by(f"resume_kit.{layer}".rstrip("."))
 
@@ -287,9 +278,7 @@ def test_the_pickle_check_fires(source: str) -> None:
     assert pickle_problems(source, "resume_kit.saving.save")
 
 
-@pytest.mark.parametrize(
-    "source", ["np.load('x', allow_pickle=False)", "json.load(file)", "'never a pickle'"]
-)
+@pytest.mark.parametrize("source", ["np.load('x', allow_pickle=False)", "json.load(file)", "'never a pickle'"])
 def test_the_pickle_check_lets_safe_reads_pass(source: str) -> None:
     assert pickle_problems(source, "resume_kit.saving.save") == []
 

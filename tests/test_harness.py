@@ -169,9 +169,7 @@ def test_surroundings_of_a_rank(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, t
         assert each["missing"] == []
         assert each["daemonic"] is False
         assert each["folder"] == str(tmp_path)
-    assert found[0]["numpy"] != found[1]["numpy"], (
-        "ranks start from different NumPy states, like real processes"
-    )
+    assert found[0]["numpy"] != found[1]["numpy"], "ranks start from different NumPy states, like real processes"
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -285,18 +283,14 @@ def test_warnings_of_the_kit_are_errors_in_ranks_too(ranks: Ranks) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_die_with_the_process_that_started_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_die_with_the_process_that_started_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # a killed owner removes nothing
     script = (
         "import time; from tests.ranks import start_ranks; from tests.test_harness import tick\n"
         "group = start_ranks(tick, 2); group.wait_for('step 0', rank=1)\n"
         "print(*group.pids, flush=True); time.sleep(600)"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    ) as owner:
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         pids = tuple(int(pid) for pid in owner.stdout.readline().split())
         assert len(pids) == 2

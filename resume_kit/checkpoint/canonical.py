@@ -66,7 +66,7 @@ def parse_signed(raw: bytes, path: Path) -> dict[str, Any]:
     unsigned = {key: value for key, value in document.items() if key != "digest"}
     try:
         actual, canonical = digest(dumps(unsigned)), dumps(document)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(path, f"not canonical JSON ({error})") from None
     if stated != actual:
         raise damaged(path, f"its digest is {actual}, stated {stated}")

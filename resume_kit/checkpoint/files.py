@@ -115,9 +115,13 @@ def remove_checkpoint(directory: Path) -> None:
     """
     if names.parse_step(directory.name) is None and not names.is_leftover(directory.name):
         raise ValueError(f"{directory} is not named like a checkpoint; nothing was deleted")
+    if directory.is_symlink():
+        raise ValueError(f"{directory} is a symbolic link; nothing was deleted")
     doomed = directory
     if not directory.name.startswith(".removed-"):
         doomed = directory.with_name(names.removed_directory(directory.name))
+        if doomed.is_dir():
+            shutil.rmtree(doomed)
         os.rename(directory, doomed)
         fsync_directory(directory.parent)
     shutil.rmtree(doomed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,12 +129,16 @@ def read_manifest(directory: Path) -> Manifest:
         document = canonical.parse_signed(raw, path)
     except CheckpointDamaged as damage:
         raise _with_schema(damage, raw, path) from None
-    _require_readable(document, path)
     try:
+        _require_readable(document, path)
         manifest = _from_document(document)
-    except (KeyError, TypeError, ValueError) as error:
+        expected = names.step_directory(manifest.step)
+        wrong = next(_misshapen(manifest), None)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise canonical.damaged(path, f"a field is missing or malformed: {error!r}") from None
-    if directory.name != names.step_directory(manifest.step) and names.parse_step(directory.name) is not None:
+    if wrong is not None:
+        raise canonical.damaged(path, f"{wrong} is not what the format says")
+    if directory.name != expected and names.parse_step(directory.name) is not None:
         raise canonical.damaged(
             path, f"it says step {manifest.step}, its directory says {directory.name}", "undo the rename"
         )
@@ -208,3 +213,31 @@ def _from_document(document: dict[str, Any]) -> Manifest:
         gate=document["gate"],
         requires=tuple(document["requires"]),
     )
+
+
+def _misshapen(manifest: Manifest) -> Iterator[str]:
+    """Names of fields whose type is not the format's."""
+    whole: dict[str, type | tuple[type, ...]] = {
+        "run_id": str,
+        "attempt": int,
+        "step": int,
+        "created": (int, float),
+    }
+    whole |= dict.fromkeys(("engine", "aliases", "state", "data", "pinned"), dict)
+    whole |= {"gate": (dict, type(None))}
+    for name, kind in whole.items():
+        if not isinstance(getattr(manifest, name), kind):
+            yield name
+    for number, entry in enumerate(manifest.tensors):
+        texts = (*entry.spec.key, entry.fingerprint)
+        owner = entry.owner is None or isinstance(entry.owner, int)
+        shape = all(isinstance(extent, int) and extent >= 0 for extent in entry.spec.shape)
+        if not (all(isinstance(text, str) for text in texts) and isinstance(entry.stored, bool) and owner and shape):
+            yield f"tensors[{number}]"
+    for rank in manifest.ranks:
+        texts = (rank.data_digest, rank.index_digest, rank.rng_digest)
+        sizes = (rank.data_bytes, rank.index_bytes)
+        if not (all(isinstance(t, str) for t in texts) and all(isinstance(n, int) and n >= 0 for n in sizes)):
+            yield f"ranks[{rank.rank}]"
+    if not all(isinstance(feature, str) for feature in manifest.requires):
+        yield "requires"

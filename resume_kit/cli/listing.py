@@ -105,8 +105,12 @@ def _entries(directory: Path) -> list[str]:
 def _checkpoint(directory: Path, step: int, *, set_aside: bool = False) -> Listed:
     problems = find_problems(directory)
     state: State = "damaged" if problems else "good"
-    if not os.path.lexists(directory / names.MANIFEST):
+    try:
+        os.lstat(directory / names.MANIFEST)
+    except FileNotFoundError:
         state = "no manifest"
+    except OSError:
+        state = "damaged"
     return _listed(directory, step, state, problems, set_aside=set_aside)
 
 
@@ -120,9 +124,7 @@ def _leftover(directory: Path) -> Listed:
     return _listed(directory, int(step[1]) if step else 0, state, [])
 
 
-def _listed(
-    directory: Path, step: int, state: State, problems: list[Problem], *, set_aside: bool = False
-) -> Listed:
+def _listed(directory: Path, step: int, state: State, problems: list[Problem], *, set_aside: bool = False) -> Listed:
     manifest = manifest_or_none(directory)
     return Listed(
         name=f"{names.SET_ASIDE}/{directory.name}" if set_aside else directory.name,
@@ -151,8 +153,12 @@ def _attempt(name: str) -> int | None:
 
 
 def _table(rows: list[Listed]) -> RenderableType:
-    headings = ("step", "when", "size", "ranks", "engine", "attempt", "state", "name")
-    return table(headings, (_cells(row) for row in rows), right=("step", "size", "ranks", "attempt"))
+    headings: tuple[str, ...] = ("step", "when", "size", "ranks", "engine", "attempt", "state")
+    cells = [_cells(row) for row in rows]
+    if any(row.name != names.step_directory(row.step) for row in rows):
+        headings = (*headings, "name")
+        cells = [[*line, row.name] for line, row in zip(cells, rows, strict=True)]
+    return table(headings, cells, right=("step", "size", "ranks", "attempt"))
 
 
 def _cells(row: Listed) -> list[object]:
@@ -161,10 +167,8 @@ def _cells(row: Listed) -> list[object]:
         first = row.problems[0]
         more = f" (and {len(row.problems) - 1} more)" if len(row.problems) > 1 else ""
         why = f"{first.where.rsplit('/', 1)[-1]}: {first.what}{more}"
-    state = Text(
-        f"{row.state}: {printable(why)}" if why else row.state, style=_STYLES.get(row.state, "yellow")
-    )
+    state = Text(f"{row.state}: {printable(why)}" if why else row.state, style=_STYLES.get(row.state, "yellow"))
     ranks = "?" if row.ranks is None else row.ranks
     engine = "?" if row.engine is None else engine_text(row.engine)
     attempt = "?" if row.attempt is None else row.attempt
-    return [row.step, time_text(row.created), size_text(row.size), ranks, engine, attempt, state, row.name]
+    return [row.step, time_text(row.created), size_text(row.size), ranks, engine, attempt, state]

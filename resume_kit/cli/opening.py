@@ -7,23 +7,20 @@ well formed, but whose fields are of other types than the format says.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-from resume_kit.checkpoint import canonical, names
+from resume_kit.checkpoint import names
 from resume_kit.checkpoint.manifest import Manifest, read_manifest
+from resume_kit.cli.output import printable
 from resume_kit.errors import Problem, ResumeKitError, UsageError
 from resume_kit.integrity.verify import Progress, deep_problems, quick_problems
-
-#: What reading a document raises when its fields are of other types than the format says.
-_MALFORMED = (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
 
 
 def open_run(text: str) -> Path:
     """The run directory at `text`. `UsageError` for anything else, a checkpoint directory included."""
     path = _directory(text)
     if _is_checkpoint(path):
-        raise UsageError(f"{path} is a checkpoint, not a run directory; its run may be {path.parent}")
+        raise UsageError(f"{_shown(path)} is a checkpoint, not a run directory")
     return path
 
 
@@ -32,11 +29,11 @@ def open_checkpoints(text: str, *, every: bool = False) -> list[Path]:
     path = _directory(text)
     if _is_checkpoint(path):
         if every:
-            raise UsageError(f"--all wants a run directory; {path} is one checkpoint")
+            raise UsageError(f"--all wants a run directory; {_shown(path)} is one checkpoint")
         return [path]
     steps = steps_of(path)
     if not steps:
-        raise UsageError(f"{path} holds no checkpoint: no {names.MANIFEST}, no step-<9 digits> directory")
+        raise UsageError(f"{_shown(path)} holds no checkpoint: no {names.MANIFEST}, no step-<9 digits> directory")
     return [path / names.step_directory(step) for step in (steps if every else steps[-1:])]
 
 
@@ -54,42 +51,13 @@ def steps_of(run: Path) -> list[int]:
 
 
 def open_manifest(directory: Path) -> Manifest:
-    """The manifest, with every field of the type that the format says.
-
-    Raises `CheckpointDamaged` when it is not so, and `ResumeRefused` when this version cannot read it.
-    """
-    path = directory / names.MANIFEST
-    try:
-        manifest = read_manifest(directory)
-    except ResumeKitError:
-        raise
-    except _MALFORMED as error:
-        raise canonical.damaged(path, f"a field is malformed: {error!r}") from None
-    wrong = next(_misshapen(manifest), None)
-    if wrong is not None:
-        raise canonical.damaged(path, f"{wrong} is not what the format says")
-    return manifest
+    """The manifest. `CheckpointDamaged` when it is not what was committed, `ResumeRefused` when it is too new."""
+    return read_manifest(directory)
 
 
 def find_problems(directory: Path, *, deep: bool = False, progress: Progress | None = None) -> list[Problem]:
     """All that is wrong with a checkpoint. Empty for a good one."""
-    try:
-        problems = deep_problems(directory, progress or _silent) if deep else quick_problems(directory)
-        if not problems:
-            open_manifest(directory)
-    except ResumeKitError as error:
-        return list(error.problems) or [
-            Problem("integrity", str(directory), error.headline, canonical.RESTORE)
-        ]
-    except OSError as error:
-        where = str(error.filename or directory)
-        return [
-            Problem("integrity", where, f"cannot be read: {error.strerror or error}", "check permissions")
-        ]
-    except _MALFORMED as error:
-        what = f"a manifest, index or data file is malformed: {error!r}"
-        return [Problem("integrity", str(directory), what, canonical.RESTORE)]
-    return problems
+    return deep_problems(directory, progress or _silent) if deep else quick_problems(directory)
 
 
 def size_on_disk(directory: Path) -> int | None:
@@ -119,9 +87,9 @@ def _directory(text: str) -> Path:
         with os.scandir(path):
             return path
     except FileNotFoundError:
-        raise UsageError(f"{text}: no such directory") from None
+        raise UsageError(f"{_shown(path)}: no such directory") from None
     except NotADirectoryError:
-        raise UsageError(f"{text} is not a directory") from None
+        raise UsageError(f"{_shown(path)} is not a directory") from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
@@ -134,41 +102,14 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> UsageError:
-    return UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
+    return UsageError(f"{_shown(path)} cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+def _shown(path: Path) -> str:
+    """A path that the user typed, in one line of moderate length."""
+    text = printable(str(path))
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _silent(_done: int, _total: int) -> None:
     pass
-
-
-def _misshapen(manifest: Manifest) -> Iterator[str]:
-    """Names of fields whose type is not the format's."""
-    whole: dict[str, type | tuple[type, ...]] = {
-        "run_id": str,
-        "attempt": int,
-        "step": int,
-        "created": (int, float),
-    }
-    whole |= dict.fromkeys(("engine", "aliases", "state", "data", "pinned"), dict)
-    whole |= {"gate": (dict, type(None))}
-    for name, kind in whole.items():
-        if not isinstance(getattr(manifest, name), kind):
-            yield name
-    for number, entry in enumerate(manifest.tensors):
-        texts = (*entry.spec.key, entry.fingerprint)
-        owner = entry.owner is None or isinstance(entry.owner, int)
-        shape = all(isinstance(extent, int) and extent >= 0 for extent in entry.spec.shape)
-        if not (
-            all(isinstance(text, str) for text in texts)
-            and isinstance(entry.stored, bool)
-            and owner
-            and shape
-        ):
-            yield f"tensors[{number}]"
-    for rank in manifest.ranks:
-        texts = (rank.data_digest, rank.index_digest, rank.rng_digest)
-        sizes = (rank.data_bytes, rank.index_bytes)
-        if not (all(isinstance(t, str) for t in texts) and all(isinstance(n, int) and n >= 0 for n in sizes)):
-            yield f"ranks[{rank.rank}]"
-    if not all(isinstance(feature, str) for feature in manifest.requires):
-        yield "requires"

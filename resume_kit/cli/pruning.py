@@ -45,9 +45,7 @@ def execute(arguments: argparse.Namespace) -> Outcome:
     text: list[RenderableType] = [
         f"{verb} {names.step_directory(step)} ({size_text(sizes.get(step))})" for step in gone
     ]
-    total = (
-        f"{verb} {len(gone)} of {len(sizes)} checkpoints, {size_text(freed)}" if gone else "nothing to delete"
-    )
+    total = f"{verb} {len(gone)} of {len(sizes)} checkpoints, {size_text(freed)}" if gone else "nothing to delete"
     text.append(f"{total}; kept: {', '.join(map(str, kept)) or 'none'}")
     return Outcome(FINE, document, text)
 
@@ -56,6 +54,4 @@ def _stopped(run: Path, sizes: dict[int, int | None], error: OSError) -> ResumeK
     gone = [step for step in sizes if not (run / names.step_directory(step)).exists()]
     what = f"{error.strerror or error}; deleted before that: {', '.join(map(str, gone)) or 'nothing'}"
     where = printable(str(error.filename or run))
-    return ResumeKitError(
-        "prune stopped half-way", [Problem("prune", where, what, "check permissions, prune again")]
-    )
+    return ResumeKitError("prune stopped half-way", [Problem("prune", where, what, "check permissions, prune again")])

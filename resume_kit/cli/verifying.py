@@ -23,9 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="CKPT|RUN", help="a checkpoint; of a run, its newest")
     parser.add_argument("--deep", action="store_true", help="read every byte of the data files as well")
     parser.add_argument("--all", action="store_true", help="check every checkpoint of a run")
-    parser.add_argument(
-        "--progress", action="store_true", help="show progress also where stderr is no terminal"
-    )
+    parser.add_argument("--progress", action="store_true", help="show progress also where stderr is no terminal")
     parser.epilog = "exit 1 when any checked checkpoint is damaged"
 
 
@@ -50,18 +48,14 @@ def execute(arguments: argparse.Namespace) -> Outcome:
             for directory, problems in findings
         ],
     }
-    text = [
-        part for directory, problems in findings for part in _verdict(directory, problems, arguments.deep)
-    ]
+    text = [part for directory, problems in findings for part in _verdict(directory, problems, arguments.deep)]
     return Outcome(BAD if damaged else FINE, document, text)
 
 
 def _verdict(directory: Path, problems: list[Problem], deep: bool) -> Iterator[Text]:
     name = printable(str(directory))
     if not problems:
-        checked = (
-            "every byte is as it was saved" if deep else "manifest, indices, sizes, ownership; no data read"
-        )
+        checked = "every byte is as it was saved" if deep else "manifest, indices, sizes, ownership; no data read"
         yield Text(f"✓ {name} is good ({checked})", style="green")
         return
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

@@ -135,9 +135,7 @@ def keep_batch(batch: LabelledBatch) -> LabelledBatch:
     return batch
 
 
-def check_delivery(
-    order: ShuffledOrder, layout: BatchLayout, position: int, micro_step: int, got: list[int]
-) -> None:
+def check_delivery(order: ShuffledOrder, layout: BatchLayout, position: int, micro_step: int, got: list[int]) -> None:
     """Raise ResumeRefused unless `got` are the sample ids of this micro step of the step at `position`."""
     start = layout.start(position, micro_step)
     expected = order.samples(start, layout.micro_batch_size)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from torch.utils.data import IterableDataset, default_collate
-from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from resume_kit.data.delivery import (
     BatchLayout,

@@ -42,9 +42,7 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
 
     def __init__(self, tokens: TokenArray, *, sequence_length: int, tokenizer: str) -> None:
         if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-            raise UsageError(
-                f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; give a 1-D array of integers"
-            )
+            raise UsageError(f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; give a 1-D array of integers")
         if tokenizer == "bytes" and tokens.dtype != np.uint8:
             raise UsageError(f"byte tokens are uint8, not {tokens.dtype}; name the tokenizer that made them")
         if sequence_length < 2:

@@ -125,6 +125,3 @@ class EngineAdapter(Protocol):
 
     def run_gate(self, forward: Forward, batch: Any) -> GateResult:
         """A forward/backward of `batch` that leaves no trace. Collective; the same batch on every rank."""
-
-    def install_probe(self, before_forward: Callable[[], None]) -> None:
-        """Call `before_forward` once, just before the next training forward."""

@@ -8,6 +8,7 @@ The idea of error-transparent named steps is torch DCP's.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from resume_kit import errors
 from resume_kit.checkpoint import canonical
@@ -22,6 +24,9 @@ from resume_kit.errors import Problem, RanksFailed, ResumeKitError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+#: Coordinators are made in the same order on every rank; each has keys of its own in the shared store.
+_instances = itertools.count()
 
 _ERRORS: dict[str, type[ResumeKitError]] = {
     cls.__name__: cls
@@ -36,19 +41,25 @@ class Coordinator:
     `timeout` (seconds) bounds every wait.
     """
 
-    def __init__(self, store: dist.Store, *, rank: int, world_size: int, timeout: float = 600.0) -> None:
+    def __init__(self, store: c10d.Store, *, rank: int, world_size: int, timeout: float = 600.0) -> None:
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
         self._store = store
         self._round = 0
+        self._read_by_all: str | None = None
 
     @classmethod
     def of_default_group(cls, *, timeout: float = 600.0) -> Coordinator:
         """The coordinator of the initialised default process group, or of this single process without one."""
         if not (dist.is_available() and dist.is_initialized()):
-            return cls(dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        store = dist.PrefixStore("resume_kit", dist.distributed_c10d._get_default_store())
+            return cls(
+                dist.HashStore(),  # type: ignore[attr-defined]
+                rank=0,
+                world_size=1,
+                timeout=timeout,
+            )
+        store = c10d.PrefixStore(f"resume_kit/{next(_instances)}", c10d._get_default_store())
         return cls(store, rank=dist.get_rank(), world_size=dist.get_world_size(), timeout=timeout)
 
     def round(self, name: str, local: Callable[[], T], combine: Callable[[list[T]], R]) -> R:
@@ -127,18 +138,17 @@ class Coordinator:
         if self.rank == 0:
             for rank in range(self.world_size):
                 self._store.delete_key(f"{prefix}/{rank}")
-            previous = getattr(self, "_previous", None)
-            if previous is not None:
-                self._store.delete_key(f"{previous}/result")
-            self._previous = prefix
+            if self._read_by_all is not None:
+                self._store.delete_key(f"{self._read_by_all}/result")
+            self._read_by_all = prefix
 
 
 def _pack(error: Exception) -> dict[str, Any]:
     if isinstance(error, ResumeKitError):
         problems = [[p.check, p.where, p.what, p.remedy] for p in error.problems]
-        packed = {"type": type(error).__name__, "headline": error.headline, "problems": problems}
+        packed: dict[str, Any] = {"type": type(error).__name__, "headline": error.headline, "problems": problems}
         if isinstance(error, RanksFailed):
-            packed["step"], packed["failures"] = error.step, [list(f) for f in error.failures]
+            packed["step"], packed["failures"] = error.step, [[rank, what] for rank, what in error.failures]
         return packed
     return {"type": "", "headline": f"{type(error).__name__}: {error}", "problems": []}
 

@@ -53,7 +53,9 @@ def assemble(indices: Sequence[RankIndex], replicated: Iterable[TensorKey]) -> A
     return Assembly(tuple(tensors), scalars, (*problems, *conflicts))
 
 
-def require_state(tensors: Iterable[TensorEntry], weights: Iterable[str], trainable: Iterable[str], step: int) -> list[Problem]:
+def require_state(
+    tensors: Iterable[TensorEntry], weights: Iterable[str], trainable: Iterable[str], step: int
+) -> list[Problem]:
     """What a checkpoint of this model must hold and does not: weights, masters, the optimizer's tensors.
 
     After the first step every trainable weight has optimizer tensors, and not all of them are zero.
@@ -100,7 +102,7 @@ def require_state(tensors: Iterable[TensorEntry], weights: Iterable[str], traina
 def _disagreement(spec: TensorSpec, ranks: Sequence[int], pieces: Sequence[StoredPiece]) -> list[Problem]:
     for rank, piece in zip(ranks, pieces, strict=True):
         if piece.spec != spec:
-            what = f"rank {ranks[0]} has {spec.dtype}{list(spec.shape)}, rank {rank} {piece.spec.dtype}{list(piece.spec.shape)}"
+            what = f"rank {ranks[0]} has it as {spec}, rank {rank} as {piece.spec}"
             return [Problem("ownership", str(spec.key), what, "every rank must build the same model")]
     return []
 

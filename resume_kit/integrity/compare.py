@@ -79,9 +79,7 @@ def compare(a: Manifest, b: Manifest) -> Comparison:
             _section("step", True, {"step": a.step}, {"step": b.step}),
             _section("state", True, _without(a.state, "scalars"), _without(b.state, "scalars")),
             _section("optimizer scalars", True, a.state.get("scalars", {}), b.state.get("scalars", {})),
-            _section(
-                "data", True, _without(a.data, "global_batch_size"), _without(b.data, "global_batch_size")
-            ),
+            _section("data", True, _without(a.data, "global_batch_size"), _without(b.data, "global_batch_size")),
             _section("rng", True, _rng(a), _rng(b)),
             _section("batch", False, _only(a.data, "global_batch_size"), _only(b.data, "global_batch_size")),
             _section("engine", False, a.engine, b.engine),

@@ -22,31 +22,49 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 Progress = Callable[[int, int], None]
 
 
+#: What reading a signed document raises when its fields are of other types than the format says.
+MALFORMED = (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
+
+
 def quick_problems(directory: Path) -> list[Problem]:
-    """All that is wrong with a checkpoint, without reading tensor data."""
-    try:
-        manifest = read_manifest(directory)
-    except ResumeKitError as error:
-        return list(error.problems) or [Problem("manifest", str(directory), error.headline)]
-    _, problems = _indices(directory, manifest)
-    return problems
+    """All that is wrong with a checkpoint, without reading tensor data. Empty for a good one; never raises."""
+    return _found(directory, lambda: _indices(directory, read_manifest(directory))[1])
 
 
 def deep_problems(directory: Path, progress: Progress = lambda _done, _total: None) -> list[Problem]:
     """`quick_problems`, and every byte of every data file against its digests, header and fingerprints."""
+
+    def look() -> list[Problem]:
+        indices, problems = _indices(directory, read_manifest(directory))
+        total = sum(index.data.size for index in indices)
+        done = 0
+        for index in indices:
+            for problem, size in _data_problems(directory, index):
+                done += size
+                progress(done, total)
+                problems += [problem] if problem else []
+        return problems
+
+    return _found(directory, look)
+
+
+def _found(directory: Path, look: Callable[[], list[Problem]]) -> list[Problem]:
     try:
-        manifest = read_manifest(directory)
+        return look()
+    except OSError as error:
+        if not isinstance(error, ResumeKitError):
+            where = str(error.filename or directory)
+            return [Problem("integrity", where, f"cannot be read: {error.strerror or error}", "check permissions")]
+        return _problems_of(error, directory)
     except ResumeKitError as error:
-        return list(error.problems) or [Problem("manifest", str(directory), error.headline)]
-    indices, problems = _indices(directory, manifest)
-    total = sum(index.data.size for index in indices)
-    done = 0
-    for index in indices:
-        for problem, size in _data_problems(directory, index):
-            done += size
-            progress(done, total)
-            problems += [problem] if problem else []
-    return problems
+        return _problems_of(error, directory)
+    except MALFORMED as error:
+        what = f"a manifest, index or data file is malformed: {error!r}"
+        return [Problem("integrity", str(directory), what, canonical.RESTORE)]
+
+
+def _problems_of(error: ResumeKitError, directory: Path) -> list[Problem]:
+    return list(error.problems) or [Problem("integrity", str(directory), error.headline, canonical.RESTORE)]
 
 
 def _indices(directory: Path, manifest: Manifest) -> tuple[list[RankIndex], list[Problem]]:
@@ -70,7 +88,8 @@ def _indices(directory: Path, manifest: Manifest) -> tuple[list[RankIndex], list
             if canonical.digest(canonical.dumps(index.rng)) != manifest.ranks[index.rank].rng_digest:
                 path = str(directory / names.index_file(index.rank))
                 problems.append(Problem("rng", path, "the RNG record is not the one in the manifest"))
-            if index.data.whole != manifest.ranks[index.rank].data_digest:
+            entry = manifest.ranks[index.rank]
+            if index.data.whole != entry.data_digest or index.data.size != entry.data_bytes:
                 path = str(directory / names.index_file(index.rank))
                 problems.append(Problem("integrity", path, "its block digests are not those of the manifest's file"))
     return indices, problems
@@ -106,7 +125,7 @@ def _data_problems(directory: Path, index: RankIndex) -> Iterator[tuple[Problem 
 def _content_problems(path: Path, index: RankIndex) -> Iterator[Problem]:
     """The safetensors header and every stored piece's fingerprint against the index."""
     with path.open("rb") as file:
-        image = memoryview(np.memmap(file, dtype=np.uint8, mode="r"))
+        image = np.memmap(file, dtype=np.uint8, mode="r").data
         try:
             header = read_header(image)
         except ValueError as error:

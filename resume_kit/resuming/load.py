@@ -58,7 +58,7 @@ def _fill(want: Want, parts: tuple[ReadPart, ...], read: Mapping[int, FileBytes]
     for part in parts:
         piece = np.frombuffer(_bytes_of(part, read), dtype=unsigned).reshape(part.piece.box.shape)
         filled[part.box.relative_to(want.box).slices] = piece[part.box.relative_to(part.piece.box).slices]
-    return memoryview(filled.reshape(-1).view(np.uint8))
+    return filled.reshape(-1).view(np.uint8).data
 
 
 def _bytes_of(part: ReadPart, read: Mapping[int, FileBytes]) -> memoryview:

@@ -47,7 +47,9 @@ class Policy:
         for name, hint in get_type_hints(type(self)).items():
             allowed = get_args(hint) or (True, False)
             if getattr(self, name) not in allowed:
-                raise UsageError(f"policy.{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}")
+                raise UsageError(
+                    f"policy.{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, allowed))}"
+                )
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> Policy:

@@ -51,7 +51,8 @@ class ReadOrder:
 
 def compare_runs(manifest: Manifest, live: LiveRun, policy: Policy) -> tuple[list[Problem], list[Problem]]:
     """(refusals, warnings) from comparing what the checkpoint pins with the live run. Reads no file."""
-    refusals, warnings = list(_topology(manifest, live)), []
+    refusals: list[Problem] = list(_topology(manifest, live))
+    warnings: list[Problem] = []
     refusals += _tensors(manifest, live.description)
     refusals += _data(manifest, live)
     configuration = [*_configuration(manifest, live), *_groups(manifest, live)]
@@ -84,9 +85,13 @@ def _tensors(manifest: Manifest, description: ModelDescription) -> Iterator[Prob
             key = TensorKey("master", spec.key.name)
             live[key] = TensorSpec(key, description.master_dtypes[spec.key.name], spec.shape)
     for key in sorted(saved.keys() - live.keys()):
-        yield Problem("tensors", str(key), "in the checkpoint, missing in the live model", "build the model of the save")
+        yield Problem(
+            "tensors", str(key), "in the checkpoint, missing in the live model", "build the model of the save"
+        )
     for key in sorted(live.keys() - saved.keys()):
-        yield Problem("tensors", str(key), "additional in the live model, not in the checkpoint", "build the model of the save")
+        yield Problem(
+            "tensors", str(key), "additional in the live model, not in the checkpoint", "build the model of the save"
+        )
     for key in sorted(saved.keys() & live.keys()):
         if saved[key] != live[key]:
             old, new = saved[key], live[key]
@@ -110,7 +115,11 @@ def _data(manifest: Manifest, live: LiveRun) -> Iterator[Problem]:
 
 def _configuration(manifest: Manifest, live: LiveRun) -> Iterator[Problem]:
     saved = {k: v for k, v in canonical.decode(manifest.pinned).items() if k not in ("versions", "groups")}
-    now = {k: v for k, v in canonical.decode(canonical.encode(dict(live.pinned))).items() if k not in ("versions", "groups")}
+    now = {
+        k: v
+        for k, v in canonical.decode(canonical.encode(dict(live.pinned))).items()
+        if k not in ("versions", "groups")
+    }
     for path, old, new in differences(saved, now):
         remedy = "undo the change, or allow it with the policy `configuration: warn`"
         yield Problem("configuration", path, f"saved with {brief(old)}, live {brief(new)}", remedy)
@@ -199,7 +208,8 @@ def check_whole(directory: Path, manifest: Manifest, description: ModelDescripti
 
     Raises `CheckpointDamaged` naming the indices that cannot be read.
     """
-    indices, problems = [], []
+    indices: list[RankIndex] = []
+    problems: list[Problem] = []
     for rank in range(manifest.world_size):
         try:
             indices.append(read_index(directory, manifest, rank))
@@ -221,7 +231,9 @@ def check_whole(directory: Path, manifest: Manifest, description: ModelDescripti
     problems += require_state(manifest.tensors, weights, description.trainable, manifest.step)
     kinds = optimizer_kinds(manifest)
     for name in sorted(set(kinds) - set(description.trainable)):
-        problems.append(Problem("optimizer layout", name, "has optimizer tensors but is not trainable in the live model"))
+        problems.append(
+            Problem("optimizer layout", name, "has optimizer tensors but is not trainable in the live model")
+        )
     counted = canonical.decode(manifest.state).get("counters", {}).get("global_steps", manifest.step)
     if counted != manifest.step:
         what = f"the engine's counter says {counted}, the manifest step {manifest.step}"

@@ -50,7 +50,9 @@ def prove_tensors(adapter: EngineAdapter, manifest: Manifest, index: RankIndex) 
     known = [piece for piece in pieces if piece.spec.key in number]
     sums = torch.zeros(len(sharded), dtype=torch.int64, device=adapter.device)
     partial = fingerprints((p.data, p.spec.shape, p.box) for p in known).to(sums.device)
-    sums.index_add_(0, torch.tensor([number[p.spec.key] for p in known], dtype=torch.int64, device=sums.device), partial)
+    sums.index_add_(
+        0, torch.tensor([number[p.spec.key] for p in known], dtype=torch.int64, device=sums.device), partial
+    )
     if dist.is_initialized():
         dist.all_reduce(sums)
     wrong = {
@@ -97,7 +99,9 @@ def prove_state(adapter: EngineAdapter, manifest: Manifest, rank: int) -> list[P
     ]
     for name, values in adapter.scalars().items():
         problems += [
-            Problem("optimizer scalars", f"rank {rank}, {name}.{path}", f"live {brief(new)}, saved {brief(old)}", _REMEDY)
+            Problem(
+                "optimizer scalars", f"rank {rank}, {name}.{path}", f"live {brief(new)}, saved {brief(old)}", _REMEDY
+            )
             for path, old, new in differences(scalars.get(name), _plain(values))
         ]
     return problems

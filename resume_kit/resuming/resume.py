@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -102,7 +101,9 @@ class Resumer:
                 damage += error.problems
                 self._report.reject(directory.name, error.problems)
                 if not self._policy.fallback:
-                    raise CheckpointDamaged(f"{directory.name} is damaged and the policy forbids to fall back", damage) from error
+                    raise CheckpointDamaged(
+                        f"{directory.name} is damaged and the policy forbids to fall back", damage
+                    ) from error
         if candidates:
             raise CheckpointDamaged(f"none of the {len(candidates)} checkpoints in {self._run} is good", damage)
         return None
@@ -146,9 +147,7 @@ class Resumer:
         report.passed("preflight", "rng records", f"{manifest.world_size} ranks")
         with report.timed("load"):
             staged: list[load.StagedState] = []
-            coordinator.round(
-                "read", lambda: staged.append(load.stage_reading(directory, found[0])), lambda _: None
-            )
+            coordinator.round("read", lambda: staged.append(load.stage_reading(directory, found[0])), lambda _: None)
         return _Examined(directory, manifest, found[0].indices[rank], found[0], staged[0])
 
     def _load(self, examined: _Examined) -> None:
@@ -156,19 +155,31 @@ class Resumer:
         with report.timed("load"):
             written = load.apply(self._adapter, examined.manifest, examined.staged, coordinator.rank)
             totals = coordinator.gather("load", lambda: [examined.order.nbytes, written])
-        report.passed("load", "bytes read", f"{sum(read for read, _ in totals):,} over all ranks, every block's digest checked")
+        report.passed(
+            "load", "bytes read", f"{sum(read for read, _ in totals):,} over all ranks, every block's digest checked"
+        )
 
     def _prove(self, examined: _Examined, stage: str = "prove") -> None:
         report, coordinator, manifest = self._report, self._coordinator, examined.manifest
         with report.timed(stage):
             proof = prove.prove_tensors(self._adapter, manifest, examined.index)
             problems = [*proof.problems, *prove.prove_state(self._adapter, manifest, coordinator.rank)]
-            coordinator.round(stage, lambda: _refuse_if(problems, "the live state is not the saved state"), lambda _: None)
             coordinator.round(
-                f"{stage}: steps", lambda: [self._adapter.step, self._adapter.learning_rate], prove.all_agree("step and LR")
+                stage, lambda: _refuse_if(problems, "the live state is not the saved state"), lambda _: None
             )
-        report.passed(stage, "fingerprints", f"{proof.tensors} tensors over all ranks, {proof.copies} whole copies a rank")
-        report.passed(stage, "steps, LR, groups", f"step {self._adapter.step}, LR {self._adapter.learning_rate:.6g}, equal on all ranks")
+            coordinator.round(
+                f"{stage}: steps",
+                lambda: [self._adapter.step, self._adapter.learning_rate],
+                prove.all_agree("step and LR"),
+            )
+        report.passed(
+            stage, "fingerprints", f"{proof.tensors} tensors over all ranks, {proof.copies} whole copies a rank"
+        )
+        report.passed(
+            stage,
+            "steps, LR, groups",
+            f"step {self._adapter.step}, LR {self._adapter.learning_rate:.6g}, equal on all ranks",
+        )
 
     def _run_gate(self, examined: _Examined) -> None:
         report, recorded = self._report, examined.manifest.gate
@@ -272,5 +283,3 @@ def _refuse_if(problems: list[Problem], headline: str) -> None:
 
 def _no_twins(problems: list[Problem]) -> list[Problem]:
     return list(dict.fromkeys(problems))
-
-

@@ -245,9 +245,7 @@ class ResumeKit:
         if aside:
             steps = ", ".join(map(str, aside))
             report.warned("hand-over", "set aside", f"later checkpoints of steps {steps} moved to set-aside/")
-        self._attempt.resumed(
-            report, {**self._what_runs(), "step": manifest.step, "target_step": manifest.step + 1}
-        )
+        self._attempt.resumed(report, {**self._what_runs(), "step": manifest.step, "target_step": manifest.step + 1})
         self._data.before_first_fetch = lambda: self._check_rng(resumption)
 
     def _check_rng(self, resumption: Resumption) -> None:
@@ -281,7 +279,14 @@ class ResumeKit:
         if self._position != start + size:
             raise ResumeRefused(
                 f"step {self._adapter.step} consumed {self._position - start} samples of the kit's data, not {size}",
-                [Problem("data", f"rank {self._coordinator.rank}", "the loop takes its batches from elsewhere", "iterate over the loader given to the kit")],
+                [
+                    Problem(
+                        "data",
+                        f"rank {self._coordinator.rank}",
+                        "the loop takes its batches from elsewhere",
+                        "iterate over the loader given to the kit",
+                    )
+                ],
             )
         return {
             "step": self._adapter.step,

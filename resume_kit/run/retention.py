@@ -24,9 +24,7 @@ class Retention:
 
     def __post_init__(self) -> None:
         if self.keep_last < 2:
-            raise UsageError(
-                f"keep_last is {self.keep_last}; keep at least 2, so that a damaged checkpoint leaves one to fall back to"
-            )
+            raise UsageError(f"keep_last is {self.keep_last}; keep at least 2, so that a damaged one leaves another")
         if self.keep_every is not None and self.keep_every < 1:
             raise UsageError(f"keep_every is {self.keep_every}; give a number of steps, or leave it out")
 
@@ -48,6 +46,7 @@ def prune(run: Path, retention: Retention, *, dry_run: bool = False) -> list[int
     committed = names.committed_steps(run)
     good = next((step for step in reversed(committed) if not quick_problems(run / names.step_directory(step))), None)
     doomed = [step for step in retention.expendable(committed) if step != good]
+    doomed = [step for step in doomed if not (run / names.step_directory(step)).is_symlink()]
     if not dry_run:
         for step in doomed:
             files.remove_checkpoint(run / names.step_directory(step))

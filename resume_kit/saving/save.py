@@ -14,7 +14,7 @@ from resume_kit.checkpoint import canonical, files, names
 from resume_kit.checkpoint.index import RankIndex, parse_index
 from resume_kit.checkpoint.layout import plan_file
 from resume_kit.checkpoint.manifest import Manifest, RankEntry
-from resume_kit.checkpoint.records import TensorKey, TensorSpec
+from resume_kit.checkpoint.records import TensorKey
 from resume_kit.engines import rng
 from resume_kit.engines.adapter import EngineAdapter, LivePiece, ModelDescription, Replica
 from resume_kit.engines.coordination import Coordinator
@@ -110,9 +110,7 @@ def _account(
     }
 
 
-def _agree(
-    accounts: list[dict[str, Any]], replicas: Sequence[Replica], directory: Path, staging: Path
-) -> list[str]:
+def _agree(accounts: list[dict[str, Any]], replicas: Sequence[Replica], directory: Path, staging: Path) -> list[str]:
     """Compare the ranks' accounts; return the names of per-rank tensors that do differ. Makes the directory."""
     first = accounts[0]
     problems = []
@@ -280,4 +278,3 @@ def _read_back(staging: Path, rank: int, account: Mapping[str, Any]) -> RankInde
             [Problem("commit", f"rank {rank}, {path}", "rank 0 reads other bytes", "check the shared file system")],
         )
     return parse_index(raw, path)
-

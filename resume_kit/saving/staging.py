@@ -86,4 +86,4 @@ def stage(arena: Arena, layout: FileLayout, pieces: Sequence[LivePiece], unstore
         )
         for piece, value, offset in zip(pieces, as_unsigned(found), stored, strict=True)
     )
-    return StagedFile(memoryview(memory.numpy()), records)
+    return StagedFile(memory.numpy().data, records)

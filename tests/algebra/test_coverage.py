@@ -73,9 +73,7 @@ def test_a_partition_covers_exactly_once(shape: tuple[int, ...], parts: int, fla
 
 @given(SHAPES, st.integers(0, 12), st.booleans(), st.integers(0, 2**32))
 @settings(max_examples=300, deadline=None)
-def test_a_partition_disturbed_is_found_out(
-    shape: tuple[int, ...], parts: int, flat: bool, seed: int
-) -> None:
+def test_a_partition_disturbed_is_found_out(shape: tuple[int, ...], parts: int, flat: bool, seed: int) -> None:
     rng = random.Random(seed)
     boxes = (flat_partition if flat else random_partition)(shape, parts + 1, rng)
     victim = rng.randrange(len(boxes))
@@ -120,12 +118,8 @@ def test_no_boxes_at_all_leave_the_whole_as_a_gap() -> None:
 
 
 def test_the_wrong_rank_is_outside_and_everyone_who_overlaps_is_named() -> None:
-    assert find_coverage_problem((4,), [Box.whole((4, 1))]) == CoverageProblem(
-        "outside", Box.whole((4, 1)), (0,)
-    )
-    problem = find_coverage_problem(
-        (4,), [Box((0,), (4,)), Box((4,), (4,)), Box((0,), (4,)), Box((0,), (4,))]
-    )
+    assert find_coverage_problem((4,), [Box.whole((4, 1))]) == CoverageProblem("outside", Box.whole((4, 1)), (0,))
+    problem = find_coverage_problem((4,), [Box((0,), (4,)), Box((4,), (4,)), Box((0,), (4,)), Box((0,), (4,))])
     assert problem == CoverageProblem("overlap", Box((0,), (4,)), (0, 2, 3))
     assert str(problem) == "elements [0:4] are owned more than once, by boxes 0, 2, 3"
 
@@ -149,9 +143,7 @@ def _flat(shape: tuple[int, ...], count: int) -> list[Box]:
         pytest.param((1024, 1024), _tiles((1024, 1024), (128, 128)), id="128 x 128 tiles"),
         pytest.param((32, 32, 32), _tiles((32, 32, 32), (32, 32, 16)), id="32 x 32 x 16 tiles"),
         pytest.param((4001, 517), _flat((4001, 517), 6000), id="flat ranges"),
-        pytest.param(
-            (64, 64, 64), random_partition((64, 64, 64), 2000, random.Random(1)), id="2000 random cuts"
-        ),
+        pytest.param((64, 64, 64), random_partition((64, 64, 64), 2000, random.Random(1)), id="2000 random cuts"),
     ],
 )
 def test_large_coverage_is_quick(shape: tuple[int, ...], boxes: list[Box]) -> None:

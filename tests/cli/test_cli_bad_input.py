@@ -7,6 +7,9 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +39,8 @@ COUNT = len(commands_for(""))
 
 
 @pytest.mark.parametrize("number", range(COUNT))
-@pytest.mark.parametrize(
-    "path", ["", "nowhere", "file", "file/below", "x" * 5000, "nul\0byte", "\udc80", "line\nfeed"]
-)
-def test_a_wrong_path(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, number: int
-) -> None:
+@pytest.mark.parametrize("path", ["", "nowhere", "file", "file/below", "x" * 5000, "nul\0byte", "\udc80", "line\nfeed"])
+def test_a_wrong_path(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, number: int) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("no directory")
     result = cli(*commands_for(path)[number])
@@ -121,20 +120,18 @@ def test_garbage_for_a_manifest(cli: Cli, run: Path, content: bytes) -> None:
 OTHER_TYPES: list[Any] = [None, 0, -1, 10**400, 1.5, True, "text", [], [1], [[]], {}, {"a": 1}, [{"b": []}]]
 
 
-FIELDS = ["aliases", "attempt", "created", "data", "engine", "format", "gate", "pinned", "ranks", "requires", "run_id", "schema", "state", "step", "tensors"]
+FIELDS = "aliases attempt created data engine format gate pinned ranks requires run_id schema state step tensors"
 
 
-@pytest.mark.parametrize("field", FIELDS)
-def test_a_signed_manifest_with_fields_of_other_types(cli: Cli, run: Path, field: str) -> None:
-    newest = run / "step-000000030"
-    manifest = newest / "manifest.json"
+@pytest.mark.parametrize("field", FIELDS.split())
+def test_a_signed_manifest_with_fields_of_other_types(cli: Cli, checkpoint: Path, field: str) -> None:
+    run, manifest = checkpoint.parent, checkpoint / "manifest.json"
     original = manifest.read_bytes()
-    for value in OTHER_TYPES:
+    for value in (None, -1, 10**400, "text", [[1]], {"a": []}):
         manifest.write_bytes(original)
         resign(manifest, lambda document, value=value: document.update({field: value}))
-        for arguments in (*commands_for(newest)[1:5], ("diff", run / "step-000000010", newest)):
-            assert cli(*arguments).code in (0, 1), (field, value, arguments)
-        for arguments in (("ls", run), ("verify", run, "--all"), ("prune", run, "--keep-last", 3)):
+        lines = [("inspect", checkpoint), ("diff", checkpoint, run), ("ls", run), ("verify", run, "--deep")]
+        for arguments in (*lines, ("prune", run, "--keep-last", 3)):
             assert cli(*arguments).code in (0, 1), (field, value, arguments)
 
 
@@ -151,7 +148,7 @@ def test_signed_documents_with_odd_values_anywhere(cli: Cli, checkpoint: Path, n
     path = checkpoint / name
     originals = {p: p.read_bytes() for p in (path, checkpoint / "manifest.json")}
     document = json.loads(originals[path])
-    for place in rng.sample([p for p in places(document) if p and p[0] != "digest"], 60):
+    for place in rng.sample([p for p in places(document) if p and p[0] != "digest"], 40):
         odd = rng.choice([*OTHER_TYPES, {"$tuple": 3}, {"$bytes": 1}, {"$items": [1]}, {"$float": []}])
         for p, content in originals.items():
             p.write_bytes(content)
@@ -164,10 +161,12 @@ def test_signed_documents_with_odd_values_anywhere(cli: Cli, checkpoint: Path, n
         resign(path, change)
         if name != "manifest.json":
             vouch_for(path)
-        for arguments in commands_for(checkpoint)[1:5]:
+        for arguments in (("inspect", checkpoint, "--tensors"), ("verify", checkpoint, "--deep")):
             assert cli(*arguments).code in (0, 1), (place, odd, arguments)
             assert cli(*arguments, "--json").json
-        assert cli("ls", checkpoint.parent).code in (0, 1), (place, odd)
+        for arguments in (("ls", checkpoint.parent), ("diff", checkpoint, checkpoint)):
+            assert cli(*arguments).code in (0, 1), (place, odd, arguments)
+        assert cli("prune", checkpoint.parent, "--keep-last", 2).code in (0, 1), (place, odd)
 
 
 def vouch_for(path: Path) -> None:
@@ -177,43 +176,60 @@ def vouch_for(path: Path) -> None:
     resign(path.parent / "manifest.json", lambda document: document["ranks"][0].update(index=stated))
 
 
-def as_nobody(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "resume_kit.cli", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        **({"user": 65534, "extra_groups": []} if os.geteuid() == 0 else {}),
-    )
+@pytest.fixture
+def open_tmp() -> Iterator[Path]:
+    """A temporary directory that any user may enter; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name)
+        path.chmod(0o755)
+        yield path
 
 
-def test_permission_errors(tmp_path: Path) -> None:
-    for parent in (tmp_path, *list(tmp_path.parents)[:2]):
-        parent.chmod(0o755)
-    run = tmp_path / "run"
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may read everything, so tests under root step down."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_permission_errors(cli: Cli, open_tmp: Path) -> None:
+    run = open_tmp / "run"
     for step in (10, 20, 30):
         commit(run, step)
+    for arguments in commands_for(run)[:5]:
+        cli(*arguments)  # import what is imported late while that is readable
     (run / "step-000000030" / "manifest.json").chmod(0)
     (run / "step-000000020" / "rank-00000.safetensors").chmod(0)
-    listing = as_nobody("ls", run, "--json")
-    assert (listing.returncode, listing.stderr) == (0, "")
-    assert [c["state"] for c in json.loads(listing.stdout)["checkpoints"]] == ["good", "good", "damaged"]
-    deep = as_nobody("verify", run / "step-000000020", "--deep")
-    assert deep.returncode == 1
-    assert "cannot be opened: Permission denied" in deep.stdout
+    with as_nobody():
+        listing = cli("ls", run, "--json")
+        assert (listing.code, listing.err) == (0, "")
+        assert [row["state"] for row in listing.json["checkpoints"]] == ["good", "good", "damaged"]
+        deep = cli("verify", run / "step-000000020", "--deep")
+        assert deep.code == 1
+        assert "cannot be opened: Permission denied" in deep.out
+        for arguments in commands_for(run)[1:5]:
+            result = cli(*arguments)
+            assert result.code == 1
+            assert "manifest.json" in result.out + result.err
+            assert "Permission denied" in result.out + result.err
     (run / "step-000000020").chmod(0)
-    listing = as_nobody("ls", run, "--json")
-    assert [c["state"] for c in json.loads(listing.stdout)["checkpoints"]] == ["good", "damaged", "damaged"]
-    for arguments in (("inspect", run), ("verify", run, "--all")):
-        result = as_nobody(*arguments)
-        assert result.returncode == 1
-        assert "Permission denied" in result.stdout + result.stderr
-        assert "Traceback" not in result.stderr
+    with as_nobody():
+        listing = cli("ls", run, "--json")
+        assert [row["state"] for row in listing.json["checkpoints"]] == ["good", "damaged", "damaged"]
+        assert cli("verify", run, "--all").code == 1
+        assert cli("prune", run, "--keep-last", 2).code == 1
     run.chmod(0)
-    result = as_nobody("ls", run)
-    assert (result.returncode, result.stderr) == (2, f"resume-kit: {run} cannot be read: Permission denied\n")
+    with as_nobody():
+        for arguments in commands_for(run):
+            result = cli(*arguments)
+            assert (result.code, result.out) == (2, "")
+            assert result.err == f"resume-kit: {run} cannot be read: Permission denied\n"
     run.chmod(0o755)
 
 
@@ -245,7 +261,7 @@ def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("reader", ["head -1", "true"])
 def test_a_reader_that_hangs_up(tmp_path: Path, reader: str) -> None:
-    path = commit(tmp_path, 10, weights={f"layers.{i}.weight": (1,) for i in range(2000)}, ranks=1)
+    path = commit(tmp_path, 10, weights={f"layers.{i}.weight": (1,) for i in range(400)}, ranks=1)
     result = shell(f'kit inspect "$1" --tensors | {reader}', path)
     assert (result.returncode, result.stderr) == (0, "")
 

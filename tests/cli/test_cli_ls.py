@@ -50,6 +50,8 @@ def test_every_state_has_its_word(cli: Cli, run: Path) -> None:
         ".staging-step-000000040-attempt-1": "torn",
     }
     text = cli("ls", run).out
+    assert text.splitlines()[0].split()[-2:] == ["state", "name"]
+    assert text.count("set-aside/step-000000010.attempt-3") == 1
     assert "damaged: rank-00001.safetensors: the file is missing" in text
     assert "torn: a save died before its commit" in text
 

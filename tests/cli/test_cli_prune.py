@@ -81,9 +81,7 @@ def test_ignores_look_alikes_leftovers_and_what_lost_its_manifest(cli: Cli, long
     assert (long_run / "set-aside" / "step-000000020.attempt-1" / "manifest.json").is_file()
 
 
-def test_a_failing_deletion_says_what_is_gone(
-    cli: Cli, long_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_deletion_says_what_is_gone(cli: Cli, long_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = shutil.rmtree
 
     def rmtree(path: Path) -> None:

@@ -75,9 +75,7 @@ def test_the_text_names_file_what_and_remedy(cli: Cli, checkpoint: Path) -> None
 @pytest.mark.parametrize("deep", [(), ("--deep",)])
 @pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00001.index.json", "manifest.json"])
 @pytest.mark.parametrize("act", ["truncate", "lengthen", "empty", "remove", "directory", "garbage"])
-def test_each_damage_of_each_file(
-    cli: Cli, checkpoint: Path, act: str, name: str, deep: tuple[str, ...]
-) -> None:
+def test_each_damage_of_each_file(cli: Cli, checkpoint: Path, act: str, name: str, deep: tuple[str, ...]) -> None:
     path = checkpoint / name
     size = path.stat().st_size
     if act in ("truncate", "lengthen", "empty"):
@@ -144,9 +142,7 @@ def test_data_of_another_save_under_the_same_index(cli: Cli, checkpoint: Path, t
     ],
 )
 @pytest.mark.parametrize("command", ["verify", "inspect"])
-def test_other_versions_are_refused(
-    cli: Cli, checkpoint: Path, command: str, change: dict, text: str
-) -> None:
+def test_other_versions_are_refused(cli: Cli, checkpoint: Path, command: str, change: dict, text: str) -> None:
     resign(checkpoint / "manifest.json", lambda document: document.update(change))
     result = cli(command, checkpoint)
     assert result.code == 1

@@ -65,7 +65,9 @@ def test_training_with_and_without_the_gate_is_identical(ranks: Ranks, data: str
     for stage in (1, 3):
         job = Job(run_dir=str(tmp_path / f"with-{stage}"), data=data, stage=stage, steps=7, save_every=2)
         gated = ranks.run(train, 2, job.to_json())
-        free = ranks.run(train, 2, job.but(run_dir=str(tmp_path / f"without-{stage}"), policy={"gate": False}).to_json())
+        free = ranks.run(
+            train, 2, job.but(run_dir=str(tmp_path / f"without-{stage}"), policy={"gate": False}).to_json()
+        )
         never = ranks.run(train, 2, job.but(run_dir=str(tmp_path / f"unsaved-{stage}"), save_every=0).to_json())
         for rank in range(2):
             assert gated[rank]["records"] == free[rank]["records"] == never[rank]["records"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,6 @@ def saved(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> dict[i
 
 def resume(ranks: Ranks, job: Job, tmp_path: Path, faults: list[str], **changes: Any) -> str:
     """Resume a copy of a saved run that must be refused; return the error's text on rank 0."""
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(job.run_dir, copy)
     with pytest.raises(RankFailure) as failure:
@@ -66,11 +65,9 @@ def test_a_wrong_live_state_is_refused(
 
 
 def test_an_iterator_from_before_the_load_is_refused(ranks: Ranks, saved: dict[int, Job], tmp_path: Path) -> None:
+    copy = saved[3].but(run_dir=str(tmp_path / "run"), steps=6)
+    shutil.copytree(saved[3].run_dir, copy.run_dir)
     with pytest.raises(RankFailure, match="iter"):
-        copy = saved[3].but(run_dir=str(tmp_path / "run"), steps=6)
-        import shutil
-
-        shutil.copytree(saved[3].run_dir, copy.run_dir)
         ranks.run(train, 2, copy.to_json(), ["iter-before-resume@0", "iter-before-resume@1"])
 
 
@@ -113,8 +110,6 @@ def test_another_world_size_is_refused_with_the_remedy(ranks: Ranks, saved: dict
 
 
 def test_a_lenient_policy_takes_the_live_configuration(ranks: Ranks, saved: dict[int, Job], tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(saved[3].run_dir, copy)
     job = saved[3].but(run_dir=str(copy), steps=6, dropout=0.1, policy={"configuration": "warn"}, lr=0.001)
@@ -125,9 +120,9 @@ def test_a_lenient_policy_takes_the_live_configuration(ranks: Ranks, saved: dict
     assert any(c["verdict"] == "warn" and "warmup_max_lr" in c["figure"] for c in report["checks"])
 
 
-def test_a_step_trained_again_must_be_the_step_of_the_journal(ranks: Ranks, saved: dict[int, Job], tmp_path: Path) -> None:
-    import shutil
-
+def test_a_step_trained_again_must_be_the_step_of_the_journal(
+    ranks: Ranks, saved: dict[int, Job], tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(saved[3].run_dir, copy)
     shutil.rmtree(copy / "step-000000004")

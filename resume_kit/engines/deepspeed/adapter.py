@@ -36,7 +36,9 @@ class DeepSpeedAdapter:
         self._module: torch.nn.Module = engine.module
         self._names = {id(p): _plain(name) for name, p in self._module.named_parameters()}
         self._stage: int = engine.zero_optimization_stage()
-        layout = Zero3Partitioning if self._stage == 3 else Zero12Partitioning
+        layout: type[Zero3Partitioning | Zero12Partitioning] = (
+            Zero3Partitioning if self._stage == 3 else Zero12Partitioning
+        )
         self._layout: Partitioning = layout(engine.optimizer, self._names, self._module)
 
     @property
@@ -76,7 +78,7 @@ class DeepSpeedAdapter:
             for index, names in enumerate(members)
             for name in names
         }
-        module_config = getattr(self._module, "config", None)
+        module_config: Any = getattr(self._module, "config", None)
         model = module_config.to_dict() if hasattr(module_config, "to_dict") else {}
         return ModelDescription(
             weights=tuple(self._weight_specs()),
@@ -110,9 +112,7 @@ class DeepSpeedAdapter:
             tensors, _ = self._optimizer_state(fragment.flat, fragment.name)
             for kind, tensor in tensors.items():
                 spec = TensorSpec(TensorKey(kind, fragment.name), dtype_name(tensor.dtype), fragment.shape)
-                pieces += flat_pieces(
-                    spec, fragment.start, tensor.narrow(0, fragment.flat_start, fragment.numel)
-                )
+                pieces += flat_pieces(spec, fragment.start, tensor.narrow(0, fragment.flat_start, fragment.numel))
         return pieces + self._layout.frozen()[0]
 
     def replicas(self) -> list[Replica]:
@@ -176,9 +176,7 @@ class DeepSpeedAdapter:
             return lambda: tracker.states_[name].cpu().numpy().tobytes()
 
         def setter(name: str) -> Callable[[bytes], None]:
-            return lambda data: tracker.states_.__setitem__(
-                name, torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            )
+            return lambda data: tracker.states_.__setitem__(name, torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
         return {name: (getter(name), setter(name)) for name in sorted(tracker.get_states())}
 
@@ -186,9 +184,6 @@ class DeepSpeedAdapter:
         result = gate.forward_backward(self._module, forward, batch, self.rng_trackers())
         self._layout.settle()
         return result
-
-    def install_probe(self, before_forward: Callable[[], None]) -> None:
-        handle = self._module.register_forward_pre_hook(lambda *_: (handle.remove(), before_forward()) and None)
 
     def _weight_specs(self) -> Iterator[TensorSpec]:
         for weight in self._module.parameters():

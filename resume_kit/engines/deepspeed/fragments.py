@@ -35,7 +35,9 @@ class Fragment:
 class Partitioning(Protocol):
     """One ZeRO stage's layout on this rank."""
 
-    base: torch.optim.Optimizer
+    @property
+    def base(self) -> torch.optim.Optimizer:
+        """The real optimizer."""
 
     def members(self) -> list[list[str]]:
         """Names of the trainable weights of each parameter group."""
@@ -77,7 +79,9 @@ def flat_pieces(
         position += box.numel
 
 
-def split_state(flat: torch.Tensor, state: Mapping[str, Any], owner: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def split_state(
+    flat: torch.Tensor, state: Mapping[str, Any], owner: str
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """One flat tensor's optimizer state as (elementwise tensors, encoded scalars).
 
     Raises `UsageError` for a tensor that is neither: it has no place in a layout-free checkpoint.
@@ -110,4 +114,3 @@ def join_scalar(record: Mapping[str, Any], flat: torch.Tensor) -> Any:
         return record["value"]
     device = flat.device if record["device"] == "param" else torch.device("cpu")
     return torch.tensor(record["value"], dtype=getattr(torch, record["dtype"]), device=device)
-

@@ -20,7 +20,9 @@ from resume_kit.errors import Problem, UsageError
 SEED = 0x5EED
 
 
-def forward_backward(module: torch.nn.Module, forward: Forward, batch: Any, trackers: dict[str, rng.Tracker]) -> GateResult:
+def forward_backward(
+    module: torch.nn.Module, forward: Forward, batch: Any, trackers: dict[str, rng.Tracker]
+) -> GateResult:
     """Loss and gradient norm of `batch` in training mode from a fixed seed.
 
     Generators, buffers and module modes come out as they went in. Raises `UsageError` when the forward returns
@@ -38,7 +40,7 @@ def forward_backward(module: torch.nn.Module, forward: Forward, batch: Any, trac
         loss = forward(module, batch)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise UsageError("the gate's forward must return the loss, a tensor of one element; pass `forward=`")
-        hooks = [weight.register_hook(consume) for weight in weights]
+        hooks = [torch.Tensor.register_hook(weight, consume) for weight in weights]  # type: ignore[no-untyped-call]
         try:
             torch.autograd.grad(loss, weights, allow_unused=True)
         except RuntimeError as error:

@@ -53,7 +53,9 @@ def require_supported(engine: Any) -> None:
             f"its optimizer is {type(optimizer).__name__}, not a ZeRO optimizer",
             "give DeepSpeed an optimizer, and for bf16 with ZeRO-1 leave data_types.grad_accum_dtype unset",
         )
-    if stage == 3 and (getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False)):
+    if stage == 3 and (
+        getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False)
+    ):
         refuse("state offloaded to NVMe", "offload to cpu instead")
     if stage == 3 and engine.zero_hpz_partition_size() > 1:
         refuse("hierarchical partitioning (zero_hpz_partition_size > 1)", "set it to 1")

@@ -16,7 +16,7 @@ class Zero3Partitioning:
     def __init__(self, optimizer: Any, names: dict[int, str], module: torch.nn.Module) -> None:
         self._optimizer = optimizer
         self._names = names
-        self._weights = list(module.parameters())
+        self._weights: list[Any] = list(module.parameters())
         self._trainable = {name for members in self.members() for name in members}
 
     @property
@@ -58,7 +58,7 @@ class Zero3Partitioning:
         return found
 
     def frozen(self) -> tuple[list[LivePiece], list[Replica]]:
-        pieces = []
+        pieces: list[LivePiece] = []
         for weight in self._weights:
             name = self._names[id(weight)]
             start, numel = self._owned(weight)

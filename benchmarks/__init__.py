@@ -1,0 +1,1 @@
+"""Measurements of resume_kit on real hardware. Results are kept under `benchmarks/results/`."""
