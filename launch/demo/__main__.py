@@ -85,7 +85,8 @@ class Demo:
                 trap = watching.StepTrap(after, watching.step_seconds(reference), self._chance)
             elif not any(kill.torn_step is not None for kill in self._kills):
                 reached = max(kill.last_step for kill in self._kills)
-                first = (reached // self._save_every + self._chance.choice((1, 2))) * self._save_every
+                place = min(reached // self._save_every + self._chance.choice((1, 2)), SAVES)
+                first = place * self._save_every
                 trap = watching.SaveTrap(run, first, watching.save_seconds(reference), self._chance)
             kill = self._start(folder.RESUMED, number, trap)
             if kill is None:
@@ -96,8 +97,8 @@ class Demo:
         """One start of the launcher, to its end (None) or to its kill."""
         screen, run = self._screen, self.out / name
         aim = "to its end" if trap is None else f"to be killed {trap.aim}"
-        screen.say(f"      start {number}, {aim}")
-        log = self.out / f"{name}-start-{number}.log"
+        screen.say(f"      attempt {number}, {aim}")
+        log = self.out / f"{name}-attempt-{number}.log"
         begun = time.monotonic()
         tail = watching.Tail(run)
         with Launched(self._command(name), self._machine.environment(), log) as launched:

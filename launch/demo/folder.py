@@ -38,7 +38,7 @@ def claim(folder: Path) -> TextIO:
             (folder / name).unlink()
         elif (folder / name).is_dir():
             shutil.rmtree(folder / name)
-    for path in [folder / CURVES, *folder.glob("*-start-*.log")]:
+    for path in [folder / CURVES, *folder.glob("*-attempt-*.log")]:
         path.unlink(missing_ok=True)
     write_mark(handle, {"verdict": "unfinished"})
     return handle

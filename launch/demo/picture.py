@@ -49,7 +49,7 @@ def _curves(axes: Any, findings: Findings, reference: Attempt) -> None:
         label="reference, uninterrupted",
     )
     colours = {attempt.number: _ATTEMPTS[i % len(_ATTEMPTS)] for i, attempt in enumerate(findings.attempts)}
-    for attempt in findings.attempts:
+    for place, attempt in enumerate(findings.attempts, start=1):
         own = {step: number(record["loss"]) for step, record in attempt.steps.items()}
         from_where = "from the start" if attempt.resumed_from is None else f"resumed from step {attempt.resumed_from}"
         axes.plot(
@@ -58,12 +58,13 @@ def _curves(axes: Any, findings: Findings, reference: Attempt) -> None:
             color=colours[attempt.number],
             linewidth=1.5,
             marker="o",
-            markersize=3.2,
-            label=f"killed run, start {attempt.number}: {from_where}",
+            # steps trained twice show the earlier attempt as a ring
+            markersize=3.2 + 2.4 * (len(findings.attempts) - place),
+            label=f"killed run, attempt {attempt.number}: {from_where}",
         )
     low, high = min(losses.values()), max(losses.values())
     span = (high - low) or 1.0
-    floor = low - 0.20 * span
+    floor = low - 0.25 * span
     axes.set_ylim(floor, high + 0.12 * span)
     ticks = sorted({step for attempt in findings.attempts for step in attempt.commits})
     axes.plot(
@@ -94,7 +95,7 @@ def _curves(axes: Any, findings: Findings, reference: Attempt) -> None:
         if kill.torn_step is not None:
             axes.plot(
                 [kill.torn_step],
-                [floor + 0.05 * span],
+                [floor + 0.11 * span],
                 marker="x",
                 markersize=9,
                 markeredgewidth=2.4,
@@ -105,7 +106,7 @@ def _curves(axes: Any, findings: Findings, reference: Attempt) -> None:
             )
         following = next((a for a in findings.attempts if a.number == kill.attempt + 1 and a.resumed_from), None)
         if following is not None:
-            height = floor + 0.13 * span
+            height = floor + 0.18 * span
             axes.annotate(
                 "",
                 xy=(following.resumed_from, height),

@@ -54,7 +54,7 @@ def _rows(findings: Findings, kill: Kill, start: int | None) -> dict[int, Pair]:
 
 def _notes(step: int, start: int | None, kill: Kill, resumed: Attempt | None) -> Iterator[str]:
     if step == start:
-        yield "checkpoint that the next start resumed from"
+        yield "the checkpoint resumed from"
     again = resumed is not None and step in resumed.steps and step <= kill.last_step
     if start is not None and step == start + 1:
         yield "first step after the resume"

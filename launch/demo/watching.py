@@ -66,7 +66,7 @@ class StepTrap:
 
 
 class SaveTrap:
-    """Kills while the staging directory of a save stands, from step `first` on."""
+    """Kills while a save's staging directory stands and files are written into it, from step `first` on."""
 
     def __init__(self, run: Path, first: int, save_seconds: float, chance: random.Random) -> None:
         self.aim = f"while the checkpoint of step {first} is written"
@@ -76,22 +76,25 @@ class SaveTrap:
         self._wait = save_seconds * chance.uniform(0.0, 0.7)
 
     def sprung(self, events: list[Event]) -> bool:
+        self.missed = [e["step"] for e in events if e["event"] == "commit" and e["step"] >= self._first]
         if not events or events[-1]["event"] != "save" or events[-1]["step"] < self._first:
             return False
-        step, attempt = events[-1]["step"], events[-1]["attempt"]
-        staging = self._run / staging_directory(step, attempt)
-        final = self._run / step_directory(step)
-        if not staging.is_dir():
-            if final.is_dir() and step not in self.missed:
-                self.missed.append(step)
+        staging = self._run / staging_directory(events[-1]["step"], events[-1]["attempt"])
+        if not _has_files(staging):
             return False
         begun = time.monotonic()
         while time.monotonic() < begun + self._wait:
             if not staging.is_dir():
-                self.missed.append(step)
                 return False
             time.sleep(0.001)
         return True
+
+
+def _has_files(folder: Path) -> bool:
+    try:
+        return any(True for _ in folder.iterdir())
+    except FileNotFoundError:
+        return False
 
 
 def follow(launched: Launched, tail: Tail, screen: Screen, *, steps: int, trap: Trap | None = None) -> Kill | None:
@@ -150,10 +153,8 @@ def step_seconds(events: list[Event]) -> float:
 
 
 def save_seconds(events: list[Event]) -> float:
-    """Median time during which a save's staging directory stands."""
+    """Median time from the first byte written into a save's staging directory to its commit."""
     times = [
-        sum(event["seconds"].get(p, 0.0) for p in ("stage", "write", "commit"))
-        for event in events
-        if event["event"] == "commit"
+        sum(event["seconds"].get(p, 0.0) for p in ("write", "commit")) for event in events if event["event"] == "commit"
     ]
     return statistics.median(times) if times else 0.0

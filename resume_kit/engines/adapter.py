@@ -70,6 +70,11 @@ class ModelDescription:
     groups: tuple[Mapping[str, Any], ...]
     pinned: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether the optimizer keeps tensors of its own, by its hyperparameters: Adam's betas, SGD's momentum."""
+        return any("betas" in group or group.get("momentum") for group in self.groups)
+
 
 class EngineAdapter(Protocol):
     """One training engine on one rank."""
@@ -84,6 +89,10 @@ class EngineAdapter(Protocol):
     @property
     def step(self) -> int:
         """Optimizer steps taken so far."""
+
+    @property
+    def updates(self) -> int:
+        """Steps in which the optimizer did update: fewer than `step` where overflows were skipped."""
 
     @property
     def at_step_boundary(self) -> bool:

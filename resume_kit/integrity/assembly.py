@@ -54,11 +54,11 @@ def assemble(indices: Sequence[RankIndex], replicated: Iterable[TensorKey]) -> A
 
 
 def require_state(
-    tensors: Iterable[TensorEntry], weights: Iterable[str], trainable: Iterable[str], step: int
+    tensors: Iterable[TensorEntry], weights: Iterable[str], trainable: Iterable[str], updates: int
 ) -> list[Problem]:
     """What a checkpoint of this model must hold and does not: weights, masters, the optimizer's tensors.
 
-    After the first step every trainable weight has optimizer tensors, and not all of them are zero.
+    After the first update every trainable weight has optimizer tensors, and not all of them are zero.
     """
     by_name: dict[str, dict[str, TensorEntry]] = {}
     for entry in tensors:
@@ -76,9 +76,14 @@ def require_state(
             if kind not in ("param", "master", "buffer"):
                 moments.setdefault(kind, []).append(entry)
     count = len(list(trainable))
-    if step > 0 and count and not moments:
+    if updates > 0 and count and not moments:
         problems.append(
-            Problem("required state", "optimizer", f"no optimizer tensors at step {step}", "save after the first step")
+            Problem(
+                "required state",
+                "optimizer",
+                f"no optimizer tensors after {updates} updates",
+                "save after the first step",
+            )
         )
     for kind, entries in moments.items():
         if len(entries) != count:
@@ -87,12 +92,12 @@ def require_state(
             problems.append(
                 Problem("required state", f"{kind}/{lacking[0]}", f"{len(lacking)} of {count} weights have no {kind}")
             )
-        if step > 0 and all(fingerprint.from_hex(entry.fingerprint) == 0 for entry in entries):
+        if updates > 0 and all(fingerprint.from_hex(entry.fingerprint) == 0 for entry in entries):
             problems.append(
                 Problem(
                     "required state",
                     kind,
-                    f"every element of every {kind} is zero at step {step}: the moments were lost",
+                    f"every element of every {kind} is zero after {updates} updates: the moments were lost",
                     "find out where the optimizer state was reset before saving",
                 )
             )

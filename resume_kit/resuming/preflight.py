@@ -228,13 +228,17 @@ def check_whole(directory: Path, manifest: Manifest, description: ModelDescripti
                 what = "the indices and the manifest tell different things of it"
                 problems.append(Problem("ownership", str(entry.spec.key), what, canonical.RESTORE))
     weights = [spec.key.name for spec in description.weights]
-    problems += require_state(manifest.tensors, weights, description.trainable, manifest.step)
+    counters = canonical.decode(manifest.state).get("counters", {})
+    updates = counters.get("global_steps", manifest.step) - counters.get("skipped_steps", 0)
+    problems += require_state(
+        manifest.tensors, weights, description.trainable, updates if description.has_moments else 0
+    )
     kinds = optimizer_kinds(manifest)
     for name in sorted(set(kinds) - set(description.trainable)):
         problems.append(
             Problem("optimizer layout", name, "has optimizer tensors but is not trainable in the live model")
         )
-    counted = canonical.decode(manifest.state).get("counters", {}).get("global_steps", manifest.step)
+    counted = counters.get("global_steps", manifest.step)
     if counted != manifest.step:
         what = f"the engine's counter says {counted}, the manifest step {manifest.step}"
         problems.append(Problem("step", names.step_directory(manifest.step), what, "resume from an older checkpoint"))

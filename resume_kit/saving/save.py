@@ -230,7 +230,10 @@ def _commit(
     problems = [
         *assembly.problems,
         *require_state(
-            assembly.tensors, (spec.key.name for spec in description.weights), description.trainable, request.step
+            assembly.tensors,
+            (spec.key.name for spec in description.weights),
+            description.trainable,
+            adapter.updates if description.has_moments else 0,
         ),
     ]
     if problems:

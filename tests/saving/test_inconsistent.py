@@ -16,7 +16,7 @@ from tests.ranks import RankFailure
     [
         ("overlap", "claimed by ranks 0, 1"),
         ("drift-weight", "the replicas have drifted apart"),
-        ("zero-saved-moments", "every element of every exp_avg is zero at step 3"),
+        ("zero-saved-moments", "every element of every exp_avg is zero after 3 updates"),
         ("adam-step-astray", "rank 0 has step=3.0, rank 1 step=4.0"),
         ("extra-step-counter", "rank 1 is at step 2, rank 0 at step 1"),
     ],

@@ -58,6 +58,10 @@ class DeepSpeedAdapter:
         return int(self._engine.global_steps)
 
     @property
+    def updates(self) -> int:
+        return int(self._engine.global_steps - self._engine.skipped_steps)
+
+    @property
     def at_step_boundary(self) -> bool:
         return bool(self._engine.micro_steps % self._engine.gradient_accumulation_steps() == 0)
 
