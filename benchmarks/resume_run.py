@@ -87,6 +87,7 @@ def compare(reference: Path, resumed: Path) -> dict[str, Any]:
     tensors = [{str(e.spec.key): e.fingerprint for e in manifest.tensors} for manifest in last]
     events = list(read_journal(resumed))
     resume = next(event for event in events if event["event"] == "resume")
+    resume["report"]["run"] = resumed.name
     commits = [event for event in read_journal(reference) if event["event"] == "commit"]
     weights = [e.spec.numel for e in last[0].tensors if e.spec.key.kind == "param"]
     return {

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from resume_kit.errors import UsageError
+from resume_kit.resuming.policy import Policy
 
 
 @dataclass
@@ -94,6 +95,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         place[last] = yaml.safe_load(text)
     config = _build(TrainConfig, content, "")
     assert isinstance(config, TrainConfig)
+    Policy.from_mapping(config.policy)
     return config
 
 

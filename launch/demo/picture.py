@@ -19,7 +19,7 @@ def draw(findings: Findings, reference: Attempt, path: Path, *, subtitle: str) -
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {"font.size": 10, "axes.edgecolor": _FAINT, "text.color": _INK, "axes.labelcolor": _INK}
+    style: dict[Any, Any] = {"font.size": 10, "axes.edgecolor": _FAINT, "text.color": _INK, "axes.labelcolor": _INK}
     style |= {"xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         figure, (curves, difference) = plt.subplots(
@@ -121,7 +121,7 @@ def _curves(axes: Any, findings: Findings, reference: Attempt) -> None:
             )
             axes.annotate(
                 "resume",
-                ((following.resumed_from + where) / 2, height),
+                (((following.resumed_from or 0) + where) / 2, height),
                 xytext=(0, 4),
                 textcoords="offset points",
                 ha="center",

@@ -15,9 +15,10 @@ import psutil
 import pytest
 
 from launch.demo import folder, tables
-from launch.demo.__main__ import main, parse_arguments, read_report
+from launch.demo.__main__ import main, parse_arguments
 from launch.demo.judging import FIGURES, Findings, Kill, attempts_of, compare_checkpoints, judge
 from launch.demo.processes import Launched, Machine
+from launch.demo.story import read_report
 from launch.demo.watching import SaveTrap, StepTrap, save_seconds, step_seconds
 from resume_kit.checkpoint.manifest import read_manifest
 from resume_kit.checkpoint.names import staging_directory
