@@ -35,15 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prepare_environment(config: TrainConfig) -> None:
     """What must be set before torch and DeepSpeed are imported."""
-    import torch
-
-    if not torch.cuda.is_available():
+    if not uses_cuda():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     elif config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # torch renamed collectives that this DeepSpeed calls by their old names, at every step
     warnings.filterwarnings("ignore", message=r".*`torch\.distributed\..* is deprecated", category=FutureWarning)
+
+
+def uses_cuda() -> bool:
+    """Whether ranks run on GPUs: there are some, and DeepSpeed was not told to leave them alone."""
+    import torch
+
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def train(config: TrainConfig) -> None:
@@ -55,7 +60,7 @@ def train(config: TrainConfig) -> None:
     from resume_kit import Policy, ResumableLoader, ResumeKit, Retention, TokenDataset
     from resume_kit.data import standard_library_path
 
-    cuda = torch.cuda.is_available()
+    cuda = uses_cuda()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if cuda:
         torch.cuda.set_device(local_rank)
