@@ -20,7 +20,7 @@ endif
 
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
 
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test soak lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' \
@@ -32,7 +32,10 @@ demo: $(READY) ## kill a multi-rank run and resume it, bit-identical (no GPU nee
 	@$(PY) -m launch.demo
 
 test: lint ## lint, then all tests
-	@$(PY) -m pytest
+	@$(PY) -m pytest -m 'not slow'
+
+soak: $(READY) ## the long tests: 24 SIGKILLs over ZeRO 1, 2, 3 on 2 and 4 ranks (about ten minutes)
+	@$(PY) -m pytest -m slow -s
 
 lint: $(READY) ## ruff (rules and format) and mypy
 	@$(PY) -m ruff check .
