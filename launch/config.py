@@ -78,7 +78,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         content = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} must hold a mapping of keys, not a {type(content).__name__}")
@@ -92,7 +92,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise UsageError(f"--set {override}: {parent} is not a section")
-        place[last] = yaml.safe_load(text)
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {override}: not valid YAML: {error}") from error
     config = _build(TrainConfig, content, "")
     assert isinstance(config, TrainConfig)
     Policy.from_mapping(config.policy)

@@ -27,12 +27,14 @@ class Job:
     frozen: bool = False
     offload: bool = False
     client_optimizer: str = ""
+    scheduler: str = ""
     lr: float = 3e-3
     layers: int = 2
     dropout: float = 0.1
     data: str = ""
     policy: dict[str, Any] = field(default_factory=dict)
     ds: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     keep_last: int = 3
     timeout: float = 60.0
@@ -88,6 +90,8 @@ def build(rank: int, world_size: int, job: Job) -> tuple[Any, Any]:
         GPT2Config(**{**shape, **drop, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False, **job.model})
     )
     model.register_buffer("running", torch.zeros(3))
+    model.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+    model.register_buffer("turned", torch.arange(6.0).view(2, 3).T)
     if job.frozen:
         model.transformer.wpe.weight.requires_grad_(False)
         model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
@@ -106,8 +110,11 @@ def build(rank: int, world_size: int, job: Job) -> tuple[Any, Any]:
     }
     if job.stage == 3:
         config["zero_optimization"] |= {"stage3_param_persistence_threshold": 200, "sub_group_size": 9000}
+    config["zero_optimization"] |= job.zero
     if job.precision == "bf16":
         config["bf16"] = {"enabled": True}
+    if job.scheduler == "lambda":
+        config.pop("scheduler")
     if job.offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         config["zero_force_ds_cpu_optimizer"] = False
@@ -122,12 +129,25 @@ def build(rank: int, world_size: int, job: Job) -> tuple[Any, Any]:
     if job.client_optimizer == "sgd":
         config["zero_allow_untested_optimizer"] = True
         optimizer = torch.optim.SGD(groups, lr=job.lr, momentum=0.9)
+    elif job.client_optimizer == "plain sgd":
+        config["zero_allow_untested_optimizer"] = True
+        optimizer = torch.optim.SGD(groups, lr=job.lr)
+    elif job.client_optimizer == "amsgrad":
+        optimizer = torch.optim.AdamW(groups, lr=job.lr, amsgrad=True)
     elif job.groups == 2 or job.offload:
         optimizer = torch.optim.AdamW(groups, lr=job.lr)
     else:
         config["optimizer"] = {"type": "AdamW", "params": {"lr": job.lr, "weight_decay": 0.1, "torch_adam": True}}
+    schedule = None
+    if job.scheduler == "lambda":
+        assert optimizer is not None
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=groups if optimizer is None else None, optimizer=optimizer, config=config
+        model=model,
+        model_parameters=groups if optimizer is None else None,
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        config=config,
     )
     return engine, loader
 
@@ -161,7 +181,8 @@ def train(rank: int, world_size: int, options: dict[str, Any], faults: list[str]
     batches = hold.batches or iter(loader)
     while step < job.steps:
         batch = next(batches)
-        engine.module.running += 0.5
+        engine.module.running += 0.5 * (rank + 1)
+        engine.module.seen += 1
         loss = engine(**batch).loss
         engine.backward(loss)
         engine.step()
@@ -187,7 +208,7 @@ def live_digests(kit: Any) -> dict[str, str]:
     adapter = kit._adapter
     pieces, replicas = adapter.pieces(), adapter.replicas()
     values = as_unsigned(fingerprints((p.data, p.spec.shape, p.box) for p in pieces))
-    whole = as_unsigned(fingerprints((r.data.view(-1), r.spec.shape, Box.whole(r.spec.shape)) for r in replicas))
+    whole = as_unsigned(fingerprints((r.data.reshape(-1), r.spec.shape, Box.whole(r.spec.shape)) for r in replicas))
     found = {f"{p.spec.key}[{p.box}]": f"{v:016x}" for p, v in zip(pieces, values, strict=True)}
     found |= {f"whole {r.spec.key}": f"{v:016x}" for r, v in zip(replicas, whole, strict=True)}
     found["state"] = canonical.value_digest(adapter.state())

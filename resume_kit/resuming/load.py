@@ -44,7 +44,7 @@ def stage_reading(directory: Path, order: ReadOrder) -> StagedState:
     }
     boxes = {}
     for want, parts in order.wants:
-        if parts:
+        if parts or want.box.empty:
             boxes[want.spec.key, want.box] = _fill(want, parts, read)
     return StagedState(boxes)
 

@@ -5,6 +5,7 @@ The tolerance pairs (absolute, relative) for losses are those of the NeMo Automo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -57,7 +58,7 @@ class Policy:
         known = [field.name for field in fields(cls)]
         for key in given:
             if key not in known:
-                near = get_close_matches(key, known, n=1, cutoff=0.0)
+                near = get_close_matches(str(key), known, n=1, cutoff=0.0)
                 raise UsageError(f"policy has no field {key!r}; did you mean {near[0]!r}?")
         return cls(**given)
 
@@ -65,4 +66,5 @@ class Policy:
 def agrees(actual: float, expected: float, tolerance: str) -> bool:
     """Whether two figures agree: |a−b| ≤ absolute + relative·|b|. Exact compares values, NaN equal to nothing."""
     absolute, relative = TOLERANCES[tolerance]
-    return actual == expected or abs(actual - expected) <= absolute + relative * abs(expected)
+    near = abs(actual - expected) <= absolute + relative * abs(expected)
+    return actual == expected or (math.isfinite(expected) and near)

@@ -74,7 +74,9 @@ def prove_tensors(adapter: EngineAdapter, manifest: Manifest, index: RankIndex) 
         where = f"{first} and {others} more" if others else str(first)
         problems.append(Problem("fingerprint", where, "the sum over all ranks is not the saved one", _REMEDY))
     if replicas:
-        values = as_unsigned(fingerprints((r.data.view(-1), r.spec.shape, Box.whole(r.spec.shape)) for r in replicas))
+        values = as_unsigned(
+            fingerprints((r.data.reshape(-1), r.spec.shape, Box.whole(r.spec.shape)) for r in replicas)
+        )
         for replica, value in zip(replicas, values, strict=True):
             key = stored_key(replica.spec.key, entries, rank)
             problems += _compare(f"rank {rank}, {key}", value, entries[key].fingerprint, "this whole copy")

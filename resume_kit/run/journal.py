@@ -6,6 +6,7 @@ and "-Infinity". A last line that a crash cut off is ignored.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from resume_kit.checkpoint import files
 from resume_kit.checkpoint.names import JOURNAL
 from resume_kit.errors import CheckpointDamaged, Problem
 
@@ -26,8 +28,8 @@ class Journal:
 
     def __init__(self, run: Path, *, attempt: int) -> None:
         self._attempt = attempt
-        path = run / JOURNAL
-        cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._path = path = run / JOURNAL
+        cut_off = _ends_within_a_line(path)
         self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
         if cut_off:
             os.write(self._descriptor, b"\n")
@@ -38,12 +40,25 @@ class Journal:
             raise ValueError(f"unknown event {event!r}")
         record = {"event": event, "attempt": self._attempt, "time": time.time(), **fields}
         line = json.dumps(_plain(record), separators=(",", ":"), allow_nan=False)
-        os.write(self._descriptor, line.encode() + b"\n")
-        if durable:
-            os.fsync(self._descriptor)
+        data = line.encode() + b"\n"
+        try:
+            if os.write(self._descriptor, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if durable:
+                os.fsync(self._descriptor)
+        except OSError as error:
+            raise files.write_failed(self._path, error, len(data)) from error
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _plain(value: Any) -> Any:
@@ -77,9 +92,10 @@ def read_journal(run: Path) -> Iterator[dict[str, Any]]:
     for line in raw.split(b"\n"):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and record.get("event") in EVENTS:
+        ours = isinstance(record, dict) and isinstance(record.get("attempt"), int)
+        if ours and isinstance(record.get("event"), str) and record["event"] in EVENTS:
             yield record
 
 

@@ -276,6 +276,7 @@ class ResumeKit:
     def _record_of_step(self) -> dict[str, Any]:
         start, size = self._position, self._data.global_batch_size
         self._position = self._data.position
+        loss = self._mean_loss()
         if self._position != start + size:
             raise ResumeRefused(
                 f"step {self._adapter.step} consumed {self._position - start} samples of the kit's data, not {size}",
@@ -290,7 +291,7 @@ class ResumeKit:
             )
         return {
             "step": self._adapter.step,
-            "loss": self._mean_loss(),
+            "loss": loss,
             "grad_norm": self._adapter.grad_norm,
             "lr": self._adapter.learning_rate,
             "samples": self._position,

@@ -64,7 +64,7 @@ def settle_leftovers(run: Path) -> list[str]:
         if step is not None and not (run / names.step_directory(step)).exists():
             os.rename(run / name, run / names.step_directory(step))
             files.fsync_directory(run)
-        else:
+        elif not (run / name).is_symlink():
             files.remove_checkpoint(run / name)
     return leftovers
 

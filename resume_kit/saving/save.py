@@ -99,7 +99,7 @@ def _account(
     """What the ranks compare before anything is written."""
     if not adapter.at_step_boundary:
         raise InconsistentState("a checkpoint can only be taken between optimizer steps; gradients are pending")
-    values = as_unsigned(fingerprints((r.data.view(-1), r.spec.shape, Box.whole(r.spec.shape)) for r in replicas))
+    values = as_unsigned(fingerprints((r.data.reshape(-1), r.spec.shape, Box.whole(r.spec.shape)) for r in replicas))
     shared = {"step": request.step, **request.state, "data position": request.data["position"]}
     return {
         "parts": {part: canonical.value_digest(value) for part, value in shared.items()},

@@ -144,14 +144,15 @@ class DeepSpeedAdapter:
         for group, flat in self._layout.flats():
             name = inside.get(id(flat), members[group])[0]
             state = self._layout.base.state[flat]
-            for key in set(state) - set(kinds[name]) - set(scalars[name]):
+            wanted_kinds, wanted_scalars = kinds.get(name, {}), scalars.get(name, {})
+            for key in set(state) - set(wanted_kinds) - set(wanted_scalars):
                 del state[key]
-            for kind, dtype in kinds[name].items():
+            for kind, dtype in wanted_kinds.items():
                 wanted = getattr(torch, dtype)
                 live = state.get(kind)
                 if not isinstance(live, torch.Tensor) or live.shape != flat.shape or live.dtype != wanted:
                     state[kind] = torch.zeros_like(flat, dtype=wanted, requires_grad=False)
-            for key, record in scalars[name].items():
+            for key, record in wanted_scalars.items():
                 state[key] = join_scalar(record, flat)
 
     def publish(self) -> None:
