@@ -10,7 +10,7 @@ from typing import Any
 from resume_kit.checkpoint import canonical, files
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.environment import host_name
-from resume_kit.errors import ResumeKitError
+from resume_kit.errors import ResumeKitError, SaveFailed
 from resume_kit.resuming.report import Report
 from resume_kit.run.journal import Journal, last_attempt, run_id_of
 from resume_kit.run.retention import settle_leftovers
@@ -23,6 +23,7 @@ class Attempt:
         self.run = run
         self._coordinator = coordinator
         self.number, self.run_id = coordinator.on_rank_zero("open the run directory", self._open)
+        self.failure: SaveFailed | None = None
         self._journal = Journal(run, attempt=self.number) if coordinator.rank == 0 else None
 
     def _open(self) -> tuple[int, str]:
@@ -30,24 +31,34 @@ class Attempt:
         settle_leftovers(self.run)
         return last_attempt(self.run) + 1, run_id_of(self.run) or uuid.uuid4().hex[:12]
 
-    def record(self, event: str, fields: Mapping[str, Any], *, durable: bool = False) -> None:
-        """Journal an event."""
-        if self._journal is not None:
-            self._journal.write(event, fields, durable=durable)
+    def record(self, event: str, fields: Mapping[str, Any]) -> None:
+        """Journal an event, durably. Collective: when it cannot be written, every rank raises `SaveFailed`."""
+        self._coordinator.on_rank_zero(f"journal {event}", lambda: self._write(event, fields, durable=True))
+
+    def record_step(self, fields: Mapping[str, Any]) -> None:
+        """Journal a step, without waiting for anyone. A failure is kept in `failure` until all can be told."""
+        try:
+            self._write("step", fields, durable=False)
+        except SaveFailed as error:
+            self.failure = error
 
     def start(self, fields: Mapping[str, Any]) -> None:
-        self.record("start", {"run_id": self.run_id, "host": host_name(), **fields}, durable=True)
+        self.record("start", {"run_id": self.run_id, "host": host_name(), **fields})
 
     def refuse(self, error: ResumeKitError, report: Report) -> None:
         """Journal why training does not go on, with all problems and the checks made so far."""
         problems = [[p.check, p.where, p.what, p.remedy] for p in error.problems]
         fields = {"run_id": self.run_id, "reason": error.headline, "problems": problems, "report": report.to_json()}
-        self.record("refuse", fields, durable=True)
+        self._write("refuse", fields, durable=True)
         self._keep(report)
 
     def resumed(self, report: Report, fields: Mapping[str, Any]) -> None:
-        self.record("resume", {"run_id": self.run_id, **fields, "report": report.to_json()}, durable=True)
-        self._keep(report)
+        self.record("resume", {"run_id": self.run_id, **fields, "report": report.to_json()})
+        self._coordinator.on_rank_zero("report", lambda: self._keep(report))
+
+    def _write(self, event: str, fields: Mapping[str, Any], *, durable: bool) -> None:
+        if self._journal is not None:
+            self._journal.write(event, fields, durable=durable)
 
     def _keep(self, report: Report) -> None:
         if self._journal is not None:

@@ -29,10 +29,8 @@ class Journal:
     def __init__(self, run: Path, *, attempt: int) -> None:
         self._attempt = attempt
         self._path = path = run / JOURNAL
-        cut_off = _ends_within_a_line(path)
+        self._torn = _ends_within_a_line(path)
         self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-        if cut_off:
-            os.write(self._descriptor, b"\n")
 
     def write(self, event: str, fields: Mapping[str, Any], *, durable: bool = False) -> None:
         """Append one event in one write; `durable` waits until it is on disk."""
@@ -40,10 +38,12 @@ class Journal:
             raise ValueError(f"unknown event {event!r}")
         record = {"event": event, "attempt": self._attempt, "time": time.time(), **fields}
         line = json.dumps(_plain(record), separators=(",", ":"), allow_nan=False)
-        data = line.encode() + b"\n"
+        data = (b"\n" if self._torn else b"") + line.encode() + b"\n"
+        self._torn = True
         try:
             if os.write(self._descriptor, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._torn = False
             if durable:
                 os.fsync(self._descriptor)
         except OSError as error:

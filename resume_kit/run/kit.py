@@ -16,7 +16,7 @@ from resume_kit.engines.adapter import Forward, GateResult
 from resume_kit.engines.choose import adapter_for
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.environment import software_versions
-from resume_kit.errors import InconsistentState, Problem, ResumeKitError, ResumeRefused, UsageError
+from resume_kit.errors import InconsistentState, Problem, ResumeKitError, ResumeRefused, SaveFailed, UsageError
 from resume_kit.resuming.audit import ReplayAudit
 from resume_kit.resuming.policy import Policy
 from resume_kit.resuming.preflight import LiveRun
@@ -198,7 +198,7 @@ class ResumeKit:
         if not self._adapter.at_step_boundary:
             return None
         record = self._record_of_step()
-        self._attempt.record("step", record)
+        self._attempt.record_step(record)
         for problem in self._audited(record):
             if self._coordinator.rank == 0:
                 self._show(f"warning: {problem}")
@@ -228,14 +228,13 @@ class ResumeKit:
         self._attempt.record(
             "commit",
             {"step": step, "bytes": commit.total_bytes, "seconds": dict(commit.seconds), "gate": request.gate},
-            durable=True,
         )
         self._coordinator.on_rank_zero("retention", lambda: prune(self.run_dir, self._retention))
         return commit
 
     def close(self) -> None:
         """Journal the end of the run. Call it once training is done."""
-        self._attempt.record("end", {"step": self._adapter.step, "samples": self._data.position}, durable=True)
+        self._attempt.record("end", {"step": self._adapter.step, "samples": self._data.position})
 
     def _go_on_from(self, resumption: Resumption, report: Report) -> None:
         manifest = resumption.manifest
@@ -302,15 +301,21 @@ class ResumeKit:
         """Mean over micro-batches, then over ranks in rank order, in double precision.
 
         The step and data position travel along: ranks that disagree on either raise `InconsistentState` at once.
+        So does word of a journal that could not be written, which all ranks raise as `SaveFailed`.
         """
         loss = torch.stack([loss.to(self._adapter.device) for loss in self._losses]).mean()
         self._losses.clear()
         if not dist.is_initialized():
+            if self._attempt.failure:
+                raise self._attempt.failure
             return float(loss)
-        mine = torch.stack([loss, loss.new_tensor(self._adapter.step), loss.new_tensor(self._position)])
+        failed = float(self._attempt.failure is not None)
+        mine = torch.stack([loss, *(loss.new_tensor(v) for v in (self._adapter.step, self._position, failed))])
         every = [torch.empty_like(mine) for _ in range(self._coordinator.world_size)]
         dist.all_gather(every, mine)
-        losses, steps, positions = torch.stack(every).T.tolist()
+        losses, steps, positions, failures = torch.stack(every).T.tolist()
+        if any(failures):
+            raise self._attempt.failure or SaveFailed("rank 0 cannot write the journal; see its error")
         for what, values in (("step", steps), ("data position", positions)):
             odd = [rank for rank, value in enumerate(values) if value != values[0]]
             if odd:

@@ -137,7 +137,6 @@ def _agree(accounts: list[dict[str, Any]], replicas: Sequence[Replica], director
             )
     if problems:
         raise InconsistentState("replicas have drifted apart; nothing was saved", problems)
-    files.require_writable(directory)
     files.require_space(directory, sum(account["bytes"] for account in accounts))
     if staging.is_dir():
         files.remove_checkpoint(staging)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import xxhash
 from hypothesis import given
@@ -31,7 +33,7 @@ def test_runs_hold_exactly_the_blocks_that_ranges_touch(case: tuple[FileDigest, 
 @given(wanted())
 def test_runs_are_in_file_order_and_apart(case: tuple[FileDigest, list[tuple[int, int]]]) -> None:
     runs = block_runs(case[1], case[0])
-    assert all(before[1] < after[0] for before, after in zip(runs, runs[1:], strict=False))
+    assert all(before[1] < after[0] for before, after in pairwise(runs))
 
 
 @given(wanted())

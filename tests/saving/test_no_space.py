@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,8 @@ def fill_then_save(rank: int, world_size: int, options: dict[str, Any], filler: 
             if kit.step_number == 2:
                 files.require_space = lambda *_: None  # as if another job had filled the disk just after the check
                 if rank == 0:
-                    with open(filler, "wb") as file:
-                        try:
-                            while file.write(b"x" * 4096):
-                                file.flush()
-                        except OSError:
+                    with suppress(OSError), open(filler, "wb", buffering=0) as file:
+                        while file.write(b"x" * 4096):
                             pass
             kit.save()
         except SaveFailed as error:
