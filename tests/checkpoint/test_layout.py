@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors
-import safetensors.numpy
 import safetensors.torch
 import torch
 from hypothesis import given, settings
@@ -85,8 +84,8 @@ def test_arrays_come_back_as_they_are_bf16_too(tmp_path: Path) -> None:
         for kind, tensor in source.items():
             parts = [file.get_tensor(f"{kind}/w[{box}]") for box in ("0:5,0:6", "5:8,0:6")]
             assert torch.equal(torch.cat(parts).view(torch.uint8), tensor.view(torch.uint8))
-    numpy = safetensors.numpy.load_file(path)["master/w[0:5,0:6]"]
-    assert np.array_equal(numpy, master[:5].numpy())
+    with safetensors.safe_open(path, framework="np") as file:
+        assert np.array_equal(file.get_tensor("master/w[0:5,0:6]"), master[:5].numpy())
 
 
 @st.composite
@@ -105,7 +104,6 @@ def many_pieces(draw: st.DrawFn) -> list[Piece]:
 def test_pieces_lie_without_holes_each_on_its_own_alignment(pieces: list[Piece]) -> None:
     layout = plan_file(pieces, METADATA)
     assert len(layout.header) % ALIGNMENT == 0
-    assert sorted((s.spec, s.box) for s in layout.slots) == sorted(pieces) if not pieces else True
     assert {(slot.spec, slot.box) for slot in layout.slots} == set(pieces) and len(layout.slots) == len(pieces)
     position = len(layout.header)
     for slot in layout.slots:

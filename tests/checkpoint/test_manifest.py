@@ -159,7 +159,7 @@ MISSHAPEN: dict[str, Callable[[dict[str, Any]], None]] = {
 def test_a_signed_manifest_of_other_types_is_damage_and_never_a_crash(what: str, tmp_path: Path) -> None:
     directory = placed(tmp_path, SMALL.to_bytes())
     resign(directory / names.MANIFEST, MISSHAPEN[what])
-    with pytest.raises(CheckpointDamaged, match="malformed|is not what the format says"):
+    with pytest.raises(CheckpointDamaged, match=r"malformed|is not what the format says"):
         read_manifest(directory)
 
 
