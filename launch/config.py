@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -25,6 +26,7 @@ class RunConfig:
     keep_last: int = 3
     keep_every: int | None = None
     timeout: float = 600.0
+    resume_at: int | None = None
     deterministic: bool = True
 
 
@@ -62,6 +64,15 @@ class TrainConfig:
         }
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number, as YAML 1.2 has it; YAML 1.1 reads a word."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The configuration from `--config FILE` and any number of `--set key=value`. Raises `UsageError`."""
     parser = argparse.ArgumentParser(description="Train a causal LM; start and resume are the same command.")
@@ -75,7 +86,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
 def load(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and apply `key=value` overrides, values in YAML."""
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.load(path.read_text(), _Loader) or {}
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -93,12 +104,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
             if not isinstance(place, dict):
                 raise UsageError(f"--set {override}: {parent} is not a section")
         try:
-            place[last] = yaml.safe_load(text)
+            place[last] = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise UsageError(f"--set {override}: not valid YAML: {error}") from error
     config = _build(TrainConfig, content, "")
     assert isinstance(config, TrainConfig)
     Policy.from_mapping(config.policy)
+    for name, value in (("run.steps", config.run.steps), ("micro_batch_size", config.micro_batch_size)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}; it must be at least 1")
     return config
 
 

@@ -96,7 +96,7 @@ def train(config: TrainConfig) -> None:
         config=config.pinned(),
         timeout=config.run.timeout,
     )
-    step = kit.resume()
+    step = kit.resume(at=config.run.resume_at)
 
     tokens_per_sample = config.data.sequence_length
     batches = iter(loader)

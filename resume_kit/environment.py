@@ -40,6 +40,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """Ranks on this host, as every launcher sets it; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def available_memory() -> int | None:
     """Bytes of host memory that can be had without swapping; None where the system does not tell."""
     try:

@@ -53,6 +53,8 @@ class Faults:
             kit._forward = lambda module, batch: inner(
                 module, {**batch, "attention_mask": torch.tril(torch.ones_like(batch["input_ids"]))}
             )
+        if "dead-seek" in self._all:
+            kit._data.seek = lambda position: None
         if "overlap" in self._mine:
             pieces = adapter.pieces
 
@@ -86,6 +88,15 @@ class Faults:
             for piece in kit._adapter.pieces():
                 if piece.spec.key.kind == "exp_avg":
                     piece.data.zero_()
+        if "nan-state" in self._all and engine.global_steps == 3:
+            for piece in kit._adapter.pieces():
+                if piece.spec.key.kind in ("master", "param"):
+                    piece.data[0] = float("nan")
+            kit._adapter.publish()
+        if "flip-saved-weight" in self._mine and engine.global_steps == 3:
+            _flip_bit(next(p.data for p in kit._adapter.pieces() if p.cast_of is not None))
+        if "late-buffer" in self._all and engine.global_steps == 3:
+            engine.module.register_buffer("late", torch.ones(2))
         if "adam-step-astray" in self._mine and engine.global_steps == 3:
             for values in kit._adapter._layout.base.state.values():
                 values["step"] += 1

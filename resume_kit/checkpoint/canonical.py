@@ -99,12 +99,13 @@ def encode(value: Any, where: str = "value") -> Any:
     if isinstance(value, dict):
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {key: encode(item, f"{where}.{key}") for key, item in value.items()}
-        return {"$items": [[encode(k, where), encode(v, f"{where}.{k}")] for k, v in value.items()]}
+        items = [[encode(k, where), encode(v, f"{where}.{k}")] for k, v in value.items()]
+        return {"$items": sorted(items, key=lambda item: dumps(item[0]))}
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return encode(value.item(), where)
     raise UsageError(
         f"{where} holds a {type(value).__name__}, which a checkpoint cannot store; "
-        "give numbers, strings, lists, tuples and dicts (tensors go under `state=`)"
+        "give numbers, strings, lists, tuples and dicts"
     )
 
 

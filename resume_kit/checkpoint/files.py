@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from resume_kit.checkpoint import names
@@ -67,8 +68,10 @@ def require_writable(run: Path) -> None:
     probe = run / f".write-probe-{os.getpid()}"
     try:
         run.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"resume_kit")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"resume_kit")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         problem = Problem(
             "run directory",
@@ -102,10 +105,21 @@ def publish(staging: Path, final: Path, aside: Path) -> None:
     replaces = final.exists()
     if replaces:
         os.rename(final, aside)
-    os.rename(staging, final)
-    fsync_directory(final.parent)
+    try:
+        os.rename(staging, final)
+    except OSError:
+        if replaces:
+            os.rename(aside, final)
+        raise
+    try:
+        fsync_directory(final.parent)
+    except OSError as error:
+        what = f"committed, but not known to be on disk: the directory's fsync failed ({error.strerror or error})"
+        remedy = "look at the file system's health; verify the checkpoint before you rely on it"
+        raise SaveFailed("a commit may not be durable", [Problem("commit", str(final), what, remedy)]) from error
     if replaces:
-        remove_checkpoint(aside)
+        with suppress(OSError, ValueError):  # the new checkpoint stands; the next start removes what is left of the old
+            remove_checkpoint(aside)
 
 
 def remove_checkpoint(directory: Path) -> None:

@@ -75,6 +75,8 @@ def read_header(image: memoryview) -> dict[str, dict[str, object]]:
     length = int.from_bytes(image[:8], "little")
     if 8 + length > len(image):
         raise ValueError("the safetensors header is cut off")
-    entries: dict[str, dict[str, object]] = json.loads(bytes(image[8 : 8 + length]))
+    entries = json.loads(bytes(image[8 : 8 + length]))
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError("the safetensors header is not a table of entries")
     entries.pop("__metadata__", None)
     return entries

@@ -10,10 +10,12 @@ JOURNAL = "journal.jsonl"
 SET_ASIDE = "set-aside"
 
 _STEP_DIGITS = 9
-_STEP = re.compile(r"step-(\d{9})")
-_STAGING = re.compile(r"\.staging-step-(\d{9})-attempt-(\d+)")
-_REPLACED = re.compile(r"\.replaced-step-(\d{9})-attempt-(\d+)")
-_REMOVED = re.compile(r"\.removed-(?:step-\d{9}|\.staging-step-\d{9}-attempt-\d+|\.replaced-step-\d{9}-attempt-\d+)")
+_STEP = re.compile(r"step-([0-9]{9})")
+_STAGING = re.compile(r"\.staging-step-([0-9]{9})-attempt-([0-9]+)")
+_REPLACED = re.compile(r"\.replaced-step-([0-9]{9})-attempt-([0-9]+)")
+_REMOVED = re.compile(
+    r"\.removed-(?:step-[0-9]{9}|\.staging-step-[0-9]{9}-attempt-[0-9]+|\.replaced-step-[0-9]{9}-attempt-[0-9]+)"
+)
 
 
 def step_directory(step: int) -> str:

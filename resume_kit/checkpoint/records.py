@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+from resume_kit.errors import UsageError
+
 #: dtype name (torch's, without the prefix) → (safetensors code, bytes per element)
 DTYPES: dict[str, tuple[str, int]] = {
     "float64": ("F64", 8),
@@ -47,7 +49,7 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"{self.key}: dtype {self.dtype} has no place in the format")
+            raise UsageError(f"{self.key} has dtype {self.dtype}, which the format has no place for")
 
     @property
     def numel(self) -> int:

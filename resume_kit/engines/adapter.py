@@ -70,11 +70,6 @@ class ModelDescription:
     groups: tuple[Mapping[str, Any], ...]
     pinned: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def has_moments(self) -> bool:
-        """Whether the optimizer keeps tensors of its own, by its hyperparameters: Adam's betas, SGD's momentum."""
-        return any("betas" in group or group.get("momentum") for group in self.groups)
-
 
 class EngineAdapter(Protocol):
     """One training engine on one rank."""

@@ -12,6 +12,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,6 +25,9 @@ from resume_kit.errors import Problem, RanksFailed, ResumeKitError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+#: Seconds that rank 0 waits for the others to have read an error.
+_GRACE = 5.0
 
 #: Coordinators are made in the same order on every rank; each has keys of its own in the shared store.
 _instances = itertools.count()
@@ -86,6 +90,7 @@ class Coordinator:
             result = self._wait(f"{prefix}/result", name)
         self._forget(prefix)
         if "error" in result:
+            self._acknowledge(prefix)
             raise _unpack(result["error"]) from cause
         value: R = canonical.decode(result["value"])
         return value
@@ -93,10 +98,6 @@ class Coordinator:
     def gather(self, name: str, local: Callable[[], T]) -> list[T]:
         """What every rank computed, in rank order, on every rank."""
         return self.round(name, local, lambda values: values)
-
-    def barrier(self, name: str) -> None:
-        """Return once every rank has arrived."""
-        self.round(name, lambda: None, lambda _: None)
 
     def on_rank_zero(self, name: str, work: Callable[[], R]) -> R:
         """Run `work` on rank 0 alone; every rank gets its result or its error."""
@@ -107,7 +108,10 @@ class Coordinator:
         values: list[Any] = []
         failures: list[tuple[int, dict[str, Any]]] = []
         for rank in range(self.world_size):
-            answer = self._wait(f"{prefix}/{rank}", name, deadline)
+            try:
+                answer = self._wait(f"{prefix}/{rank}", name, deadline)
+            except ResumeKitError as missing:
+                answer = {"error": _pack(missing)}
             if "error" in answer:
                 failures.append((rank, answer["error"]))
             else:
@@ -132,6 +136,17 @@ class Coordinator:
             raise ResumeKitError(f"{name}: a rank is missing", [problem]) from error
         answer: dict[str, Any] = json.loads(self._store.get(key))
         return answer
+
+    def _acknowledge(self, prefix: str) -> None:
+        """Rank 0, whose process may hold the store, lets the others read the error before it raises."""
+        if self.rank:
+            self._store.set(f"{prefix}/{self.rank}/seen", "")
+            return
+        seen = [f"{prefix}/{rank}/seen" for rank in range(1, self.world_size)]
+        with suppress(RuntimeError, ValueError):  # a rank that died never answers; the error stands all the same
+            self._store.wait(seen, timedelta(seconds=min(_GRACE, self.timeout))) if seen else None
+        for key in seen:
+            self._store.delete_key(key)
 
     def _forget(self, prefix: str) -> None:
         """Delete this rank's key of this round; rank 0 also the result of the round before, which all have read."""

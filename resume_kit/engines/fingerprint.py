@@ -45,20 +45,20 @@ def fingerprint_of_box(data: torch.Tensor, shape: Sequence[int], box: Box) -> to
 
 
 def fingerprints(pieces: Iterable[Piece]) -> torch.Tensor:
-    """`fingerprint_of_box` of each piece: int64 [n], on the pieces' one device (CPU for no pieces).
+    """`fingerprint_of_box` of each piece: int64 [n], on the pieces' device, or on the CPU where they lie on several.
 
     Neighbours with the same shape and box, as a master weight and its moments have, share their w(i).
     """
     sums: list[torch.Tensor] = []
-    scratch: _Scratch | None = None
+    scratches: dict[torch.device, _Scratch] = {}
     for (shape, box, device), group in itertools.groupby(pieces, key=_place):
-        if scratch is None:
-            scratch = _Scratch(device, _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK)
-        if device != scratch.device:
-            raise UsageError(f"fingerprints of pieces on {scratch.device} and {device}: call once per device")
+        if device not in scratches:
+            scratches[device] = _Scratch(device, _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK)
         runs = flat_runs(shape, box)
         while some := list(itertools.islice(group, _GROUP)):
-            sums.append(_sum(runs, [_bits(data, box) for data, _, _ in some], scratch))
+            sums.append(_sum(runs, [_bits(data, box) for data, _, _ in some], scratches[device]))
+    if len(scratches) > 1:
+        sums = [part.cpu() for part in sums]
     return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.int64)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,54 +54,50 @@ def assemble(indices: Sequence[RankIndex], replicated: Iterable[TensorKey]) -> A
 
 
 def require_state(
-    tensors: Iterable[TensorEntry], weights: Iterable[str], trainable: Iterable[str], updates: int
+    tensors: Iterable[TensorEntry], weights: Iterable[str], groups: Iterable[Mapping[str, Any]], updates: int
 ) -> list[Problem]:
     """What a checkpoint of this model must hold and does not: weights, masters, the optimizer's tensors.
 
-    After the first update every trainable weight has optimizer tensors, and not all of them are zero.
+    `groups` are the optimizer's parameter groups with their `members`. After the first update every member of a
+    group has the same optimizer tensors, Adam's betas and SGD's momentum have some, and not all are zero.
     """
     by_name: dict[str, dict[str, TensorEntry]] = {}
     for entry in tensors:
         by_name.setdefault(entry.spec.key.name, {})[entry.spec.key.kind] = entry
-    problems = []
-    for name in weights:
-        if "param" not in by_name.get(name, {}):
-            problems.append(Problem("required state", f"param/{name}", "no rank owns any of it"))
+    problems = [
+        Problem("required state", f"param/{name}", "no rank owns any of it")
+        for name in weights
+        if "param" not in by_name.get(name, {})
+    ]
+    for number, group in enumerate(groups):
+        problems += _group_state(f"group {number}", group, by_name, updates)
+    return problems
+
+
+def _group_state(
+    where: str, group: Mapping[str, Any], by_name: Mapping[str, Mapping[str, TensorEntry]], updates: int
+) -> Iterator[Problem]:
+    members: list[str] = list(group["members"])
     moments: dict[str, list[TensorEntry]] = {}
-    for name in trainable:
+    for name in members:
         kinds = by_name.get(name, {})
         if "master" not in kinds:
-            problems.append(Problem("required state", f"master/{name}", "no rank owns any of it"))
+            yield Problem("required state", f"master/{name}", "no rank owns any of it")
         for kind, entry in kinds.items():
             if kind not in ("param", "master", "buffer"):
                 moments.setdefault(kind, []).append(entry)
-    count = len(list(trainable))
-    if updates > 0 and count and not moments:
-        problems.append(
-            Problem(
-                "required state",
-                "optimizer",
-                f"no optimizer tensors after {updates} updates",
-                "save after the first step",
-            )
-        )
+    if updates > 0 and members and not moments and ("betas" in group or group.get("momentum")):
+        what = f"no optimizer tensors after {updates} updates"
+        yield Problem("required state", where, what, "find out where the optimizer state was lost")
     for kind, entries in moments.items():
-        if len(entries) != count:
-            have = {entry.spec.key.name for entry in entries}
-            lacking = sorted(set(trainable) - have)
-            problems.append(
-                Problem("required state", f"{kind}/{lacking[0]}", f"{len(lacking)} of {count} weights have no {kind}")
-            )
+        lacking = sorted(set(members) - {entry.spec.key.name for entry in entries})
+        if lacking:
+            what = f"{len(lacking)} of {len(members)} weights of {where} have no {kind}"
+            yield Problem("required state", f"{kind}/{lacking[0]}", what)
         if updates > 0 and all(fingerprint.from_hex(entry.fingerprint) == 0 for entry in entries):
-            problems.append(
-                Problem(
-                    "required state",
-                    kind,
-                    f"every element of every {kind} is zero after {updates} updates: the moments were lost",
-                    "find out where the optimizer state was reset before saving",
-                )
-            )
-    return problems
+            what = f"every element of every {kind} is zero after {updates} updates: the moments were lost"
+            remedy = "find out where the optimizer state was reset before saving"
+            yield Problem("required state", f"{where}, {kind}", what, remedy)
 
 
 def _disagreement(spec: TensorSpec, ranks: Sequence[int], pieces: Sequence[StoredPiece]) -> list[Problem]:

@@ -16,8 +16,6 @@ from resume_kit.checkpoint.reading import check_data_file, read_index, read_rang
 from resume_kit.errors import CheckpointDamaged, Problem, ResumeKitError
 from resume_kit.integrity.assembly import assemble
 
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
 #: `progress(done, total)` in bytes.
 Progress = Callable[[int, int], None]
 
@@ -139,9 +137,7 @@ def _content_problems(path: Path, index: RankIndex) -> Iterator[Problem]:
             where = [piece.offset - base, piece.offset - base + piece.nbytes]
             if entry.get("data_offsets") != where:
                 yield Problem("integrity", f"{path}, {piece.key}", "the file's header has it elsewhere than the index")
-            data = np.frombuffer(
-                image[piece.offset : piece.offset + piece.nbytes], dtype=_UNSIGNED[piece.spec.itemsize]
-            )
+            data = np.frombuffer(image[piece.offset : piece.offset + piece.nbytes], dtype=f"u{piece.spec.itemsize}")
             actual = fingerprint.to_hex(fingerprint.fingerprint_of_box(data, piece.spec.shape, piece.box))
             if actual != piece.fingerprint:
                 what = f"its bytes have fingerprint {actual}, the tensor had {piece.fingerprint} when it was saved"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from resume_kit.algebra.boxes import Box
+from resume_kit.algebra.boxes import Box, flat_strides
 from resume_kit.checkpoint import canonical, names
 from resume_kit.checkpoint.manifest import Manifest
 from resume_kit.checkpoint.reading import FileBytes, read_ranges
@@ -18,8 +18,6 @@ from resume_kit.engines.adapter import EngineAdapter
 from resume_kit.planning.reads import ReadPart
 from resume_kit.resuming.preflight import ReadOrder
 from resume_kit.resuming.wanted import Want, optimizer_kinds, stored_key
-
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class StagedState:
@@ -53,11 +51,13 @@ def _fill(want: Want, parts: tuple[ReadPart, ...], read: Mapping[int, FileBytes]
     """The bytes of a wanted box: the stored piece itself where it is the same box, else put together from parts."""
     if len(parts) == 1 and parts[0].piece.box == want.box:
         return _bytes_of(parts[0], read)
-    unsigned = _UNSIGNED[want.spec.itemsize]
+    unsigned = np.dtype(f"u{want.spec.itemsize}")
     filled = np.empty(want.box.shape, dtype=unsigned)
     for part in parts:
-        piece = np.frombuffer(_bytes_of(part, read), dtype=unsigned).reshape(part.piece.box.shape)
-        filled[part.box.relative_to(want.box).slices] = piece[part.box.relative_to(part.piece.box).slices]
+        start, stop = part.byte_range()
+        held = np.frombuffer(read[part.rank].view(start, stop - start), dtype=unsigned)
+        strides = [held.itemsize * stride for stride in flat_strides(part.piece.box.shape)]
+        filled[part.box.relative_to(want.box).slices] = np.lib.stride_tricks.as_strided(held, part.box.shape, strides)
     return filled.reshape(-1).view(np.uint8).data
 
 
@@ -66,15 +66,14 @@ def _bytes_of(part: ReadPart, read: Mapping[int, FileBytes]) -> memoryview:
     return read[part.rank].view(part.piece.offset, part.piece.nbytes)
 
 
-def apply(adapter: EngineAdapter, manifest: Manifest, staged: StagedState, rank: int) -> int:
-    """Write the staged state into the live engine in place. Collective. Returns bytes written on this rank.
+def write(adapter: EngineAdapter, manifest: Manifest, staged: StagedState, rank: int) -> None:
+    """Write the staged tensors into the live engine in place. The adapter's `publish` comes after it.
 
     Low-precision weights without stored bytes are cast from their master, as the optimizer's own step does.
     """
     state: dict[str, Any] = canonical.decode(manifest.state)
     adapter.prepare_load(optimizer_kinds(manifest), state["scalars"])
     entries = manifest.by_key()
-    written = 0
     with torch.no_grad():
         for piece in adapter.pieces():
             source = staged.get(piece.spec.key, piece.box, piece.data.dtype)
@@ -82,14 +81,9 @@ def apply(adapter: EngineAdapter, manifest: Manifest, staged: StagedState, rank:
                 piece.data.copy_(source)
             elif piece.cast_of is not None:
                 piece.data.copy_(piece.cast_of.data)
-            written += piece.data.numel() * piece.data.element_size()
         for replica in adapter.replicas():
             if replica.restored:
                 key = stored_key(replica.spec.key, entries, rank)
                 source = staged.get(key, Box.whole(replica.spec.shape), replica.data.dtype)
                 assert source is not None
                 replica.data.copy_(source.view(replica.spec.shape))
-                written += replica.data.numel() * replica.data.element_size()
-    adapter.publish()
-    adapter.load_state(state)
-    return written

@@ -28,7 +28,8 @@ TOLERANCES: dict[str, tuple[float, float]] = {
 class Policy:
     """The default is strict: everything equal, or the resume is refused with all differences listed.
 
-    configuration: model, optimizer, engine and run configuration. `warn` goes on with the live values.
+    configuration: model, optimizer, engine and run configuration. `warn` goes on with the live values; a scheduler's
+        state, and what it holds of the learning rate, is still that of the save.
     versions: software versions and driver.
     fallback: go on from an older checkpoint when a newer one is damaged.
     tolerance: of the gate and of the replay audit. `auto` is exact on CPUs and in deterministic mode, else

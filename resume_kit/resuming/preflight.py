@@ -14,7 +14,7 @@ from resume_kit.checkpoint.reading import check_data_file, read_index
 from resume_kit.checkpoint.records import TensorKey, TensorSpec
 from resume_kit.engines import rng
 from resume_kit.engines.adapter import EngineAdapter, ModelDescription
-from resume_kit.environment import available_memory
+from resume_kit.environment import available_memory, local_world_size
 from resume_kit.errors import CheckpointDamaged, Problem
 from resume_kit.integrity.assembly import assemble, require_state
 from resume_kit.integrity.differences import ABSENT, brief, differences
@@ -75,7 +75,7 @@ def _topology(manifest: Manifest, live: LiveRun) -> Iterator[Problem]:
 def _tensors(manifest: Manifest, description: ModelDescription) -> Iterator[Problem]:
     saved: dict[TensorKey, TensorSpec] = {}
     for entry in manifest.tensors:
-        if entry.spec.key.kind in MODEL_KINDS - {"extra"}:
+        if entry.spec.key.kind in MODEL_KINDS:
             kind, name = entry.spec.key
             plain = TensorKey(kind, name.split("@rank")[0] if kind == "buffer" else name)
             saved[plain] = TensorSpec(plain, entry.spec.dtype, entry.spec.shape)
@@ -104,7 +104,7 @@ def _tensors(manifest: Manifest, description: ModelDescription) -> Iterator[Prob
 def _data(manifest: Manifest, live: LiveRun) -> Iterator[Problem]:
     saved, now = canonical.decode(manifest.data), dict(live.data)
     for path, old, new in differences(saved, now):
-        if path == "position":
+        if path in ("position", "next_batch"):
             continue
         what = f"saved with {brief(old)}, live {brief(new)}"
         remedy = "resume on the dataset of the save"
@@ -149,6 +149,24 @@ def _versions(manifest: Manifest, live: LiveRun) -> Iterator[Problem]:
     for path, old, new in differences(saved, dict(live.versions)):
         what = f"saved with {old}, live {new}" if ABSENT not in (old, new) else f"{old} → {new}"
         yield Problem("versions", path, what, "install the version of the save, or set the policy `versions: warn`")
+
+
+def state_to_restore(manifest: Manifest, description: ModelDescription, live: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved shared state; where the policy let a hyperparameter differ, with the live run's value.
+
+    Hyperparameters differ as constructed, before any scheduler changed them. A scheduler of another class keeps
+    its fresh state.
+    """
+    state: dict[str, Any] = canonical.decode(manifest.state)
+    constructed = canonical.decode(manifest.pinned)["groups"]
+    for old, new, saved, now in zip(constructed, description.groups, state["groups"], live["groups"], strict=True):
+        for key in new.keys() - {"members"}:
+            if any(differences(old.get(key, ABSENT), new[key])):
+                saved[key] = now[key]
+    classes = [part and part["class"] for part in (state["scheduler"], live["scheduler"])]
+    if classes[0] != classes[1]:
+        state["scheduler"] = live["scheduler"]
+    return state
 
 
 def plan_reading(directory: Path, manifest: Manifest, adapter: EngineAdapter, rank: int) -> ReadOrder:
@@ -197,8 +215,9 @@ def check_own_records(manifest: Manifest, index: RankIndex, adapter: EngineAdapt
             problems.append(Problem("rng", f"rank {index.rank}", what, "resume from an older checkpoint"))
         problems += rng.compatibility(canonical.decode(index.rng), adapter.rng_trackers())
     memory = available_memory()
-    if memory is not None and memory < index.data.size:
-        what = f"staging needs {index.data.size:,} bytes of host memory, {memory:,} are available"
+    needed = index.data.size * local_world_size()
+    if memory is not None and memory < needed:
+        what = f"staging on this host needs {needed:,} bytes of memory, {memory:,} are available"
         problems.append(Problem("memory", f"rank {index.rank}", what, "free memory on this host, or use a larger one"))
     return problems
 
@@ -230,9 +249,7 @@ def check_whole(directory: Path, manifest: Manifest, description: ModelDescripti
     weights = [spec.key.name for spec in description.weights]
     counters = canonical.decode(manifest.state).get("counters", {})
     updates = counters.get("global_steps", manifest.step) - counters.get("skipped_steps", 0)
-    problems += require_state(
-        manifest.tensors, weights, description.trainable, updates if description.has_moments else 0
-    )
+    problems += require_state(manifest.tensors, weights, description.groups, updates)
     kinds = optimizer_kinds(manifest)
     for name in sorted(set(kinds) - set(description.trainable)):
         problems.append(

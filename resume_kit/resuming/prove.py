@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from resume_kit.algebra.boxes import Box
 from resume_kit.checkpoint import canonical
 from resume_kit.checkpoint.index import RankIndex
 from resume_kit.checkpoint.manifest import Manifest
-from resume_kit.engines.adapter import EngineAdapter
+from resume_kit.checkpoint.records import TensorKey
+from resume_kit.engines.adapter import EngineAdapter, LivePiece, Replica
 from resume_kit.engines.fingerprint import as_unsigned, fingerprints
 from resume_kit.errors import Problem, ResumeRefused
 from resume_kit.integrity.differences import brief, differences
@@ -32,24 +33,40 @@ class Proof:
     problems: tuple[Problem, ...]
 
 
-def prove_tensors(adapter: EngineAdapter, manifest: Manifest, index: RankIndex) -> Proof:
-    """Fingerprints of live tensors against the manifest's. Collective: one all-reduce of 8 bytes a tensor.
+@dataclass(frozen=True)
+class Measurement:
+    """Fingerprints of this rank's live pieces and whole copies; `unknown` pieces are not in the manifest."""
+
+    pieces: tuple[LivePiece, ...]
+    partial: torch.Tensor
+    replicas: tuple[Replica, ...]
+    whole: tuple[int, ...]
+    unknown: tuple[TensorKey, ...]
+
+
+def measure(adapter: EngineAdapter, manifest: Manifest) -> Measurement:
+    """Take the fingerprints of everything live on this rank. No communication."""
+    entries = manifest.by_key()
+    pieces, replicas = adapter.pieces(), adapter.replicas()
+    known = tuple(piece for piece in pieces if piece.spec.key in entries)
+    partial = fingerprints((p.data, p.spec.shape, p.box) for p in known).to(adapter.device)
+    whole = fingerprints((r.data.reshape(-1), r.spec.shape, Box.whole(r.spec.shape)) for r in replicas)
+    unknown = tuple(piece.spec.key for piece in pieces if piece.spec.key not in entries)
+    return Measurement(known, partial, tuple(replicas), tuple(as_unsigned(whole)), unknown)
+
+
+def judge(found: Measurement, manifest: Manifest, index: RankIndex) -> Proof:
+    """Live fingerprints against the manifest's. Collective: one all-reduce of 8 bytes a tensor.
 
     A tensor that is wrong is blamed on the rank whose own piece differs from `index`, its record of the save.
     """
     rank = index.rank
     entries = manifest.by_key()
-    pieces, replicas = adapter.pieces(), adapter.replicas()
+    known, partial = found.pieces, found.partial
     sharded = [entry for entry in manifest.tensors if entry.owner is None]
     number = {entry.spec.key: i for i, entry in enumerate(sharded)}
-    problems = [
-        Problem("fingerprint", str(piece.spec.key), "live, but not in the manifest", _REMEDY)
-        for piece in pieces
-        if piece.spec.key not in number
-    ]
-    known = [piece for piece in pieces if piece.spec.key in number]
-    sums = torch.zeros(len(sharded), dtype=torch.int64, device=adapter.device)
-    partial = fingerprints((p.data, p.spec.shape, p.box) for p in known).to(sums.device)
+    problems = [Problem("fingerprint", str(key), "live, but not in the manifest", _REMEDY) for key in found.unknown]
+    sums = torch.zeros(len(sharded), dtype=torch.int64, device=partial.device)
     sums.index_add_(
         0, torch.tensor([number[p.spec.key] for p in known], dtype=torch.int64, device=sums.device), partial
     )
@@ -73,14 +90,10 @@ def prove_tensors(adapter: EngineAdapter, manifest: Manifest, index: RankIndex) 
         first, others = next(iter(wrong)), len(wrong) - 1
         where = f"{first} and {others} more" if others else str(first)
         problems.append(Problem("fingerprint", where, "the sum over all ranks is not the saved one", _REMEDY))
-    if replicas:
-        values = as_unsigned(
-            fingerprints((r.data.reshape(-1), r.spec.shape, Box.whole(r.spec.shape)) for r in replicas)
-        )
-        for replica, value in zip(replicas, values, strict=True):
-            key = stored_key(replica.spec.key, entries, rank)
-            problems += _compare(f"rank {rank}, {key}", value, entries[key].fingerprint, "this whole copy")
-    return Proof(len(sharded), len(replicas), tuple(problems))
+    for replica, value in zip(found.replicas, found.whole, strict=True):
+        key = stored_key(replica.spec.key, entries, rank)
+        problems += _compare(f"rank {rank}, {key}", value, entries[key].fingerprint, "this whole copy")
+    return Proof(len(sharded), len(found.replicas), tuple(problems))
 
 
 def _compare(name: str, actual: int, stated: str, whose: str) -> list[Problem]:
@@ -89,11 +102,10 @@ def _compare(name: str, actual: int, stated: str, whose: str) -> list[Problem]:
     return [Problem("fingerprint", name, f"{whose} {fingerprint.to_hex(actual)}, saved {stated}", _REMEDY)]
 
 
-def prove_state(adapter: EngineAdapter, manifest: Manifest, rank: int) -> list[Problem]:
-    """Steps, LR, param groups, scheduler, scaler and optimizer scalars of this rank against the manifest's."""
-    saved: dict[str, Any] = canonical.decode(manifest.state)
-    scalars = saved.pop("scalars")
-    saved.pop("user", None)
+def prove_state(adapter: EngineAdapter, restored: Mapping[str, Any], rank: int) -> list[Problem]:
+    """Steps, LR, param groups, scheduler, scaler and optimizer scalars of this rank against what was restored."""
+    saved = {part: value for part, value in restored.items() if part not in ("scalars", "user")}
+    scalars = restored["scalars"]
     live = _plain(adapter.state())
     problems = [
         Problem("state", f"rank {rank}, {path}", f"live {brief(new)}, saved {brief(old)}", _REMEDY)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +16,7 @@ from resume_kit.checkpoint.manifest import Manifest, read_manifest
 from resume_kit.engines import rng
 from resume_kit.engines.adapter import EngineAdapter, GateResult
 from resume_kit.engines.coordination import Coordinator
-from resume_kit.errors import CheckpointDamaged, Problem, ResumeRefused
+from resume_kit.errors import CheckpointDamaged, Problem, ResumeRefused, UsageError
 from resume_kit.resuming import load, prove
 from resume_kit.resuming.policy import Policy, agrees
 from resume_kit.resuming.preflight import (
@@ -24,6 +26,7 @@ from resume_kit.resuming.preflight import (
     check_whole,
     compare_runs,
     plan_reading,
+    state_to_restore,
 )
 from resume_kit.resuming.report import Report
 
@@ -44,6 +47,7 @@ class _Examined:
     index: RankIndex
     order: ReadOrder
     staged: load.StagedState
+    state: Mapping[str, Any]
 
 
 class Resumer:
@@ -64,6 +68,7 @@ class Resumer:
         gate: Callable[[], GateResult] | None,
         restore_run: Callable[[Manifest], None],
         data_position: Callable[[], int],
+        at: int | None = None,
     ) -> None:
         self._run = run
         self._adapter = adapter
@@ -74,14 +79,16 @@ class Resumer:
         self._gate = gate
         self._restore_run = restore_run
         self._data_position = data_position
+        self._at = at
 
-    def resume(self) -> Resumption | None:
+    def resume(self, last_commit: int | None) -> Resumption | None:
         """The newest good checkpoint, loaded and proved; None for a run that has none yet. Collective.
 
+        `last_commit` is the newest commit that the journal tells of: a run that has committed never starts anew.
         Raises `ResumeRefused` when a check says no, and `CheckpointDamaged` when no good checkpoint is left or the
         policy forbids to fall back.
         """
-        examined = self._elect()
+        examined = self._elect(last_commit)
         if examined is None:
             self._report.decision = "no checkpoint yet: training starts at step 0"
             return None
@@ -90,8 +97,12 @@ class Resumer:
         self._run_gate(examined)
         return self._hand_over(examined)
 
-    def _elect(self) -> _Examined | None:
+    def _elect(self, last_commit: int | None) -> _Examined | None:
         candidates = self._coordinator.on_rank_zero("elect", lambda: names.checkpoint_steps(self._run)[::-1])
+        if self._at is not None:
+            if self._at not in candidates:
+                raise UsageError(f"there is no checkpoint of step {self._at}; there are {candidates or 'none'}")
+            candidates = [self._at]
         damage: list[Problem] = []
         for step in candidates:
             directory = self._run / names.step_directory(step)
@@ -106,6 +117,10 @@ class Resumer:
                     ) from error
         if candidates:
             raise CheckpointDamaged(f"none of the {len(candidates)} checkpoints in {self._run} is good", damage)
+        if last_commit is not None:
+            what = f"the journal says that step {last_commit} was committed, but there is no checkpoint"
+            remedy = "put the step-… directories back (look in set-aside/), or start a new run in another directory"
+            raise CheckpointDamaged("all checkpoints are gone", [Problem("elect", str(self._run), what, remedy)])
         return None
 
     def _examine(self, directory: Path) -> _Examined:
@@ -138,7 +153,7 @@ class Resumer:
                     )
 
             found: list[ReadOrder] = []
-            coordinator.round("preflight", local, lambda _: None)
+            coordinator.round("preflight", local, _nothing)
         for problem in warnings:
             report.warned("preflight", problem.check, f"{problem.where}: {problem.what}")
         report.passed("preflight", "ownership", f"{len(manifest.tensors)} tensors, each element owned exactly once")
@@ -147,26 +162,31 @@ class Resumer:
         report.passed("preflight", "rng records", f"{manifest.world_size} ranks")
         with report.timed("load"):
             staged: list[load.StagedState] = []
-            coordinator.round("read", lambda: staged.append(load.stage_reading(directory, found[0])), lambda _: None)
-        return _Examined(directory, manifest, found[0].indices[rank], found[0], staged[0])
+            coordinator.round("read", lambda: staged.append(load.stage_reading(directory, found[0])), _nothing)
+        state = state_to_restore(manifest, self._live.description, self._adapter.state())
+        return _Examined(directory, manifest, found[0].indices[rank], found[0], staged[0], state)
 
     def _load(self, examined: _Examined) -> None:
         report, coordinator = self._report, self._coordinator
         with report.timed("load"):
-            written = load.apply(self._adapter, examined.manifest, examined.staged, coordinator.rank)
-            totals = coordinator.gather("load", lambda: [examined.order.nbytes, written])
-        report.passed(
-            "load", "bytes read", f"{sum(read for read, _ in totals):,} over all ranks, every block's digest checked"
-        )
+            coordinator.round(
+                "write",
+                lambda: load.write(self._adapter, examined.manifest, examined.staged, coordinator.rank),
+                _nothing,
+            )
+            self._adapter.publish()
+            coordinator.round("state", partial(self._adapter.load_state, examined.state), _nothing)
+            read = coordinator.round("bytes", lambda: examined.order.nbytes, sum)
+        report.passed("load", "bytes read", f"{read:,} over all ranks, every block's digest checked")
 
     def _prove(self, examined: _Examined, stage: str = "prove") -> None:
         report, coordinator, manifest = self._report, self._coordinator, examined.manifest
         with report.timed(stage):
-            proof = prove.prove_tensors(self._adapter, manifest, examined.index)
-            problems = [*proof.problems, *prove.prove_state(self._adapter, manifest, coordinator.rank)]
-            coordinator.round(
-                stage, lambda: _refuse_if(problems, "the live state is not the saved state"), lambda _: None
-            )
+            measured: list[prove.Measurement] = []
+            coordinator.round("measure", lambda: measured.append(prove.measure(self._adapter, manifest)), _nothing)
+            proof = prove.judge(measured[0], manifest, examined.index)
+            problems = [*proof.problems, *prove.prove_state(self._adapter, examined.state, coordinator.rank)]
+            coordinator.round(stage, lambda: _refuse_if(problems, "the live state is not the saved state"), _nothing)
             coordinator.round(
                 f"{stage}: steps",
                 lambda: [self._adapter.step, self._adapter.learning_rate],
@@ -187,8 +207,9 @@ class Resumer:
             report.warned("gate", "forward/backward", "switched off by the policy")
             return
         if recorded is None:
-            report.warned("gate", "forward/backward", "the checkpoint holds no record of it (saved with gate off)")
-            return
+            what = "the checkpoint was saved with the gate off and holds no record of it"
+            remedy = "set the policy `gate: false` for this resume; the next save records it"
+            raise ResumeRefused("the gate cannot run", [Problem("gate", examined.directory.name, what, remedy)])
         expected = canonical.decode(recorded)
         tolerance, reason = choose_tolerance(self._policy, self._adapter.device)
         before = rng.capture(self._adapter.rng_trackers())
@@ -211,7 +232,7 @@ class Resumer:
             if self._data_position() != position:
                 problems.append(Problem("gate", "side effects", "the forward/backward moved the data position"))
             self._coordinator.round(
-                "gate", lambda: _refuse_if(problems, "the forward/backward is not as recorded"), lambda _: None
+                "gate", lambda: _refuse_if(problems, "the forward/backward is not as recorded"), _nothing
             )
             self._coordinator.round("gate: alike", lambda: found, _alike(tolerance))
         report.passed("gate", "loss", f"{result.loss!r} ({tolerance}: {reason})")
@@ -232,7 +253,8 @@ class Resumer:
                 raise ResumeRefused("the RNG could not be restored", [problem])
             return live
 
-        coordinator.round("rng", restore, lambda _: None)
+        coordinator.round("hand-over", restore, _nothing)
+        report.passed("hand-over", "data", f"position {manifest.data['position']:,}, next batch as saved")
         report.passed("hand-over", "rng digests", f"{coordinator.world_size} ranks, taken after all set-up")
         report.step = manifest.step
         report.decision = f"training goes on after step {manifest.step}, proved"
@@ -274,6 +296,10 @@ def _alike(tolerance: str) -> Callable[[list[dict[str, float]]], None]:
                     )
 
     return combine
+
+
+def _nothing(_: list[Any]) -> None:
+    """The combiner of rounds whose point is that every rank got here."""
 
 
 def _refuse_if(problems: list[Problem], headline: str) -> None:

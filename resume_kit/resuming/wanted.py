@@ -11,7 +11,7 @@ from resume_kit.checkpoint.records import TensorKey, TensorSpec
 from resume_kit.engines.adapter import EngineAdapter
 
 #: Kinds that are not tensors of the optimizer.
-MODEL_KINDS = frozenset({"param", "master", "buffer", "extra"})
+MODEL_KINDS = frozenset({"param", "master", "buffer"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,11 @@ class Attempt:
         except SaveFailed as error:
             self.failure = error
 
+    def take_failure(self) -> SaveFailed | None:
+        """The failure of a step's record, once."""
+        failure, self.failure = self.failure, None
+        return failure
+
     def start(self, fields: Mapping[str, Any]) -> None:
         self.record("start", {"run_id": self.run_id, "host": host_name(), **fields})
 
@@ -49,8 +54,11 @@ class Attempt:
         """Journal why training does not go on, with all problems and the checks made so far."""
         problems = [[p.check, p.where, p.what, p.remedy] for p in error.problems]
         fields = {"run_id": self.run_id, "reason": error.headline, "problems": problems, "report": report.to_json()}
-        self._write("refuse", fields, durable=True)
-        self._keep(report)
+        try:
+            self._write("refuse", fields, durable=True)
+            self._keep(report)
+        except SaveFailed as failure:
+            report.warned("refused", "journal", f"this refusal could not be journaled: {failure.headline}")
 
     def resumed(self, report: Report, fields: Mapping[str, Any]) -> None:
         self.record("resume", {"run_id": self.run_id, **fields, "report": report.to_json()})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,40 +23,13 @@ from resume_kit.resuming.policy import Policy
 from resume_kit.resuming.preflight import LiveRun
 from resume_kit.resuming.report import Report
 from resume_kit.resuming.resume import Resumer, Resumption, choose_tolerance
+from resume_kit.run.agreement import one_run, require_finite
 from resume_kit.run.attempt import Attempt
-from resume_kit.run.journal import steps_after
+from resume_kit.run.journal import last_commit, steps_after, unreadable_lines
+from resume_kit.run.protocols import ResumableData, Stateful
 from resume_kit.run.retention import Retention, prune, set_aside
 from resume_kit.saving.save import Commit, SaveRequest, save
 from resume_kit.saving.staging import Arena
-
-
-class ResumableData(Protocol):
-    """What the kit needs of the training data; `ResumableLoader` is one."""
-
-    before_first_fetch: Callable[[], None] | None
-
-    @property
-    def position(self) -> int:
-        """Samples consumed by all ranks together."""
-
-    @property
-    def global_batch_size(self) -> int: ...
-
-    def seek(self, position: int) -> None: ...
-
-    def fingerprint(self) -> dict[str, str | int]: ...
-
-    def batch_digest(self, position: int | None = None) -> str: ...
-
-    def pinned_batch(self, size: int) -> Any: ...
-
-
-class Stateful(Protocol):
-    """The user's own state: plain values in, plain values out."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def causal_lm_loss(module: torch.nn.Module, batch: Any) -> torch.Tensor:
@@ -74,7 +48,8 @@ class ResumeKit:
     save_every: optimizer steps between saves; None leaves saving to `save()`.
     forward: `forward(module, batch) -> loss` for the gate; the default suits transformers models.
     config: the run's own configuration, pinned and compared on resume. Plain values.
-    state: further objects with state_dict/load_state_dict of plain values, alike on all ranks.
+    state: further objects with state_dict/load_state_dict of plain values, alike on all ranks. They come back as
+        plain Python values with sorted keys.
     timeout: bound in seconds of every wait for another rank.
     show: called on rank 0 with the text of each report.
 
@@ -120,6 +95,7 @@ class ResumeKit:
         }
         self._fingerprint = data.fingerprint()
         self._arena = Arena(self._adapter.device)
+        self._coordinator.round("same run on every rank", lambda: self._identity(str(run_dir)), one_run)
         self._attempt = Attempt(Path(run_dir), self._coordinator)
         self._attempt.start(
             {
@@ -129,6 +105,7 @@ class ResumeKit:
             }
         )
         self._audit: ReplayAudit | None = None
+        self._unchecked_rng = False
         self._losses: list[torch.Tensor] = []
         self._position = data.position
 
@@ -146,10 +123,11 @@ class ResumeKit:
         """Optimizer steps taken so far."""
         return self._adapter.step
 
-    def resume(self) -> int:
+    def resume(self, *, at: int | None = None) -> int:
         """Bring the run back and prove it; return the number of optimizer steps already taken (0 for a new run).
 
-        Collective. Raises `ResumeRefused` or `CheckpointDamaged`, alike on all ranks, when training must not go on.
+        `at` names the step of the checkpoint to take instead of the newest good one. Collective.
+        Raises `ResumeRefused` or `CheckpointDamaged`, alike on all ranks, when training must not go on.
         """
         report = Report(run=str(self.run_dir), attempt=self.attempt)
         self.report = report
@@ -163,9 +141,12 @@ class ResumeKit:
             gate=self._run_gate if self.policy.gate else None,
             restore_run=self._restore_run,
             data_position=lambda: self._data.position,
+            at=at,
         )
         try:
-            resumption = resumer.resume()
+            resumption = resumer.resume(
+                self._coordinator.on_rank_zero("last commit", lambda: last_commit(self.run_dir))
+            )
         except ResumeKitError as error:
             report.failed("refused", error.problems)
             report.decision = f"refused: {error.headline}"
@@ -174,11 +155,16 @@ class ResumeKit:
                 self._show(report.render())
             raise
         step = resumption.manifest.step if resumption else 0
+        tolerance, _ = choose_tolerance(self.policy, self._adapter.device)
+        recorded, unreadable = self._coordinator.on_rank_zero(
+            "journal", lambda: (_step_items(self.run_dir, step), unreadable_lines(self.run_dir))
+        )
+        report.passed("replay audit", "steps to compare", f"{len(recorded)}, tolerance {tolerance}")
+        if unreadable:
+            report.warned("replay audit", "journal", f"{unreadable} lines cannot be read; their steps are not compared")
         if resumption is not None:
             self._go_on_from(resumption, report)
         self._position = self._data.position
-        tolerance, _ = choose_tolerance(self.policy, self._adapter.device)
-        recorded = self._coordinator.on_rank_zero("journal", lambda: _step_items(self.run_dir, step))
         self._audit = ReplayAudit(
             {int(event["step"]): event for event in recorded}, tolerance, self.policy.replay == "stop"
         )
@@ -197,9 +183,12 @@ class ResumeKit:
         self._losses.append(torch.as_tensor(loss).detach().to(torch.float64))
         if not self._adapter.at_step_boundary:
             return None
+        if self._unchecked_rng:
+            raise UsageError("the first batch did not come from an iterator of the kit's data made after resume()")
         record = self._record_of_step()
+        warnings = self._audited(record)
         self._attempt.record_step(record)
-        for problem in self._audited(record):
+        for problem in warnings:
             if self._coordinator.rank == 0:
                 self._show(f"warning: {problem}")
         if self._save_every and record["step"] % self._save_every == 0:
@@ -213,6 +202,7 @@ class ResumeKit:
         step = self._adapter.step
         self._attempt.record("save", {"step": step})
         gate = self._run_gate() if self.policy.gate else None
+        self._coordinator.round("save: gate", lambda: require_finite(gate), lambda _: None)
         request = SaveRequest(
             directory=self.run_dir,
             run_id=self._attempt.run_id,
@@ -220,7 +210,11 @@ class ResumeKit:
             step=step,
             description=self._description,
             state={**self._adapter.state(), "user": {name: s.state_dict() for name, s in self._user_state.items()}},
-            data={**self._data_now(), "position": self._data.position},
+            data={
+                **self._data_now(),
+                "position": self._data.position,
+                "next_batch": self._data.batch_digest(self._data.position),
+            },
             pinned=self._pinned,
             gate=None if gate is None else {"loss": gate.loss, "grad_norm": gate.grad_norm},
         )
@@ -234,7 +228,10 @@ class ResumeKit:
 
     def close(self) -> None:
         """Journal the end of the run. Call it once training is done."""
-        self._attempt.record("end", {"step": self._adapter.step, "samples": self._data.position})
+        replayed = self._audit.checked if self._audit else 0
+        self._attempt.record(
+            "end", {"step": self._adapter.step, "samples": self._data.position, "steps_replayed": replayed}
+        )
 
     def _go_on_from(self, resumption: Resumption, report: Report) -> None:
         manifest = resumption.manifest
@@ -246,6 +243,7 @@ class ResumeKit:
             report.warned("hand-over", "set aside", f"later checkpoints of steps {steps} moved to set-aside/")
         self._attempt.resumed(report, {**self._what_runs(), "step": manifest.step, "target_step": manifest.step + 1})
         self._data.before_first_fetch = lambda: self._check_rng(resumption)
+        self._unchecked_rng = True
 
     def _check_rng(self, resumption: Resumption) -> None:
         """At the first batch: nobody has touched a generator since it was restored."""
@@ -265,6 +263,8 @@ class ResumeKit:
             if problems:
                 raise ResumeRefused("the restored RNG was overwritten", problems)
 
+        self._unchecked_rng = False
+        self._data.before_first_fetch = None
         try:
             self._coordinator.round("first batch", local, lambda _: None)
         except ResumeKitError as error:
@@ -306,8 +306,8 @@ class ResumeKit:
         loss = torch.stack([loss.to(self._adapter.device) for loss in self._losses]).mean()
         self._losses.clear()
         if not dist.is_initialized():
-            if self._attempt.failure:
-                raise self._attempt.failure
+            if failure := self._attempt.take_failure():
+                raise failure
             return float(loss)
         failed = float(self._attempt.failure is not None)
         mine = torch.stack([loss, *(loss.new_tensor(v) for v in (self._adapter.step, self._position, failed))])
@@ -315,7 +315,7 @@ class ResumeKit:
         dist.all_gather(every, mine)
         losses, steps, positions, failures = torch.stack(every).T.tolist()
         if any(failures):
-            raise self._attempt.failure or SaveFailed("rank 0 cannot write the journal; see its error")
+            raise self._attempt.take_failure() or SaveFailed("rank 0 cannot write the journal; see its error")
         for what, values in (("step", steps), ("data position", positions)):
             odd = [rank for rank, value in enumerate(values) if value != values[0]]
             if odd:
@@ -338,13 +338,41 @@ class ResumeKit:
         return self._adapter.run_gate(self._forward, _to_device(batch, self._adapter.device))
 
     def _restore_run(self, manifest: Manifest) -> None:
-        self._data.seek(int(manifest.data["position"]))
-        saved: dict[str, Any] = canonical.decode(manifest.state)["user"]
-        if set(saved) != set(self._user_state):
-            problem = Problem("state", "user state", f"saved {sorted(saved)}, live {sorted(self._user_state)}")
-            raise ResumeRefused("the objects given as state= are not those of the save", [problem])
-        for name, holder in self._user_state.items():
-            holder.load_state_dict(saved[name])
+        position = int(manifest.data["position"])
+        self._data.seek(position)
+        problems = []
+        found = self._data.position, self._data.batch_digest(self._data.position)
+        for what, live, saved in zip(
+            ("position", "next batch"), found, (position, manifest.data["next_batch"]), strict=True
+        ):
+            if live != saved:
+                remedy = "the loader did not follow seek(); no step may be trained from it"
+                problems.append(Problem("data", what, f"after seek() it is {live}, saved {saved}", remedy))
+        state: dict[str, Any] = canonical.decode(manifest.state)["user"]
+        if set(state) != set(self._user_state):
+            what = f"saved {sorted(state)}, live {sorted(self._user_state)}"
+            problems.append(Problem("user state", "state=", what, "give the objects of the save"))
+        for name in sorted(state.keys() & self._user_state.keys()):
+            self._user_state[name].load_state_dict(state[name])
+            if canonical.value_digest(self._user_state[name].state_dict()) != canonical.value_digest(state[name]):
+                what = "after load_state_dict() its state_dict() is not the saved one"
+                problems.append(Problem("user state", name, what, "mend its load_state_dict()"))
+        if problems:
+            raise ResumeRefused("data or user state did not come back", problems)
+
+    def _identity(self, run_dir: str) -> dict[str, str]:
+        """Digests of all that every rank must have been given alike."""
+        user = {name: holder.state_dict() for name, holder in self._user_state.items()}
+        given = {
+            **self._pinned,
+            "dataset": self._fingerprint,
+            "global batch size": self._data.global_batch_size,
+            "policy": asdict(self.policy),
+            "save_every": self._save_every,
+            "run_dir": run_dir,
+            "state=": user,
+        }
+        return {name: canonical.value_digest(value) for name, value in given.items()}
 
     def _data_now(self) -> dict[str, Any]:
         return {"fingerprint": self._fingerprint, "global_batch_size": self._data.global_batch_size}

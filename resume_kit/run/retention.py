@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -79,8 +80,15 @@ def set_aside(run: Path, *, after: int, attempt: int) -> list[int]:
     for step in later:
         place = run / names.SET_ASIDE
         place.mkdir(exist_ok=True)
-        os.rename(run / names.step_directory(step), place / f"{names.step_directory(step)}.attempt-{attempt}")
+        os.rename(run / names.step_directory(step), _free(place / f"{names.step_directory(step)}.attempt-{attempt}"))
         files.fsync_directory(place)
     if later:
         files.fsync_directory(run)
     return later
+
+
+def _free(path: Path) -> Path:
+    """`path`, or the first of path.2, path.3, … that does not exist."""
+    if not path.exists():
+        return path
+    return next(p for n in itertools.count(2) if not (p := path.with_name(f"{path.name}.{n}")).exists())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def save(request: SaveRequest, adapter: EngineAdapter, coordinator: Coordinator,
         )
     except Exception:
         if coordinator.rank == 0 and staging.is_dir():
-            files.remove_checkpoint(staging)
+            with suppress(OSError):  # what cannot be removed now is a torn directory; the next start removes it
+                files.remove_checkpoint(staging)
         raise
     clock.lap("commit")
     return Commit(request.directory / names.step_directory(request.step), request.step, result, clock.seconds)
@@ -99,6 +101,14 @@ def _account(
     """What the ranks compare before anything is written."""
     if not adapter.at_step_boundary:
         raise InconsistentState("a checkpoint can only be taken between optimizer steps; gradients are pending")
+    buffers = {r.spec for r in replicas if r.spec.key.kind == "buffer"}
+    strange = buffers.symmetric_difference(request.description.buffers)
+    if strange:
+        what = "registered, removed or reshaped after the kit was made"
+        problems = [
+            Problem("buffers", str(spec), what, "build the whole model first") for spec in sorted(strange, key=str)
+        ]
+        raise InconsistentState("the model is not the one that the kit was made for", problems)
     values = as_unsigned(fingerprints((r.data.reshape(-1), r.spec.shape, Box.whole(r.spec.shape)) for r in replicas))
     shared = {"step": request.step, **request.state, "data position": request.data["position"]}
     return {
@@ -184,7 +194,7 @@ def _write(
     """Stage and write this rank's data file and index; return what the manifest says of them."""
     rank, world_size = coordinator.rank, coordinator.world_size
     staging = request.directory / names.staging_directory(request.step, request.attempt)
-    unstored = frozenset(number for number, same in enumerate(cast_matches(owned)) if same)
+    unstored = _casts(owned, rank)
     layout = plan_file(
         ((p.spec, p.box) for number, p in enumerate(owned) if number not in unstored),
         {"format": "resume_kit", "step": str(request.step), "rank": str(rank), "world_size": str(world_size)},
@@ -210,6 +220,24 @@ def _write(
     return {"bytes": len(raw), "digest": canonical.digest(raw)}
 
 
+def _casts(owned: Sequence[LivePiece], rank: int) -> frozenset[int]:
+    """Numbers of the low-precision weights, each proved to be the cast of its master, bit for bit."""
+    matches = cast_matches(owned)
+    problems = [
+        Problem(
+            "cast of master",
+            f"rank {rank}, {piece.spec.key} [{piece.box}]",
+            "the weight is not its master's cast",
+            "resume from the last commit; suspect this rank's memory, or code that writes to weights",
+        )
+        for piece, same in zip(owned, matches, strict=True)
+        if piece.cast_of is not None and not same
+    ]
+    if problems:
+        raise InconsistentState("low-precision weights and masters disagree; nothing was saved", problems)
+    return frozenset(number for number, same in enumerate(matches) if same)
+
+
 def _commit(
     request: SaveRequest,
     adapter: EngineAdapter,
@@ -231,8 +259,8 @@ def _commit(
         *require_state(
             assembly.tensors,
             (spec.key.name for spec in description.weights),
-            description.trainable,
-            adapter.updates if description.has_moments else 0,
+            description.groups,
+            adapter.updates,
         ),
     ]
     if problems:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from resume_kit.algebra.boxes import Box, boxes_of_flat_range
 from resume_kit.checkpoint.layout import ALIGNMENT, FileLayout, entry_name, plan_file, read_header
 from resume_kit.checkpoint.records import DTYPES, TensorKey, TensorSpec
+from resume_kit.errors import UsageError
 
 METADATA = {"format": "resume_kit", "step": "7"}
 Piece = tuple[TensorSpec, Box]
@@ -139,7 +140,7 @@ def test_the_same_piece_twice_is_refused() -> None:
 
 
 def test_a_dtype_without_a_code_has_no_spec() -> None:
-    with pytest.raises(ValueError, match="dtype complex128 has no place in the format"):
+    with pytest.raises(UsageError, match="master/w has dtype complex128, which the format has no place for"):
         spec("w", "complex128", (1,))
 
 

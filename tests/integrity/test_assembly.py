@@ -22,7 +22,7 @@ TOP, BOTTOM = Box((0, 0), (2, 3)), Box((2, 0), (4, 3))
 
 def piece(spec: TensorSpec, box: Box, *, stored: bool = True, share: str | None = None) -> StoredPiece:
     if share is None:
-        inside = Box.whole(spec.shape).contains(box)
+        inside = box.ndim == len(spec.shape) and Box.whole(spec.shape).contains(box)
         share = fingerprint.to_hex(fingerprint.fingerprint_of_box(DATA[box.slices], spec.shape, box) if inside else 1)
     return StoredPiece(spec, box, share, 4096 if stored else None, box.numel * spec.itemsize if stored else 0)
 
@@ -172,8 +172,11 @@ def model(*, without: set[tuple[str, str]] = frozenset(), zero: str = "") -> lis
         kind, name) not in without]  # fmt: skip
 
 
-def told(tensors: list[TensorEntry], updates: int = 3) -> list[str]:
-    return [str(p) for p in require_state(tensors, ["a", "b", "frozen"], frozenset({"a", "b"}), updates)]
+ADAM = {"betas": (0.9, 0.95), "members": ["a", "b"]}
+
+
+def told(tensors: list[TensorEntry], updates: int = 3, *groups: dict[str, Any]) -> list[str]:
+    return [str(p) for p in require_state(tensors, ["a", "b", "frozen"], groups or [ADAM], updates)]
 
 
 @pytest.mark.parametrize("updates", [0, 1, 100])
@@ -196,25 +199,40 @@ def test_a_missing_master_is_named() -> None:
     assert told(model(without={("master", "b")})) == ["[required state] master/b: no rank owns any of it"]
 
 
-def test_no_moments_after_updates_are_told() -> None:
-    bare = {(kind, name) for kind in ("exp_avg", "exp_avg_sq") for name in ("a", "b")}
-    (text,) = told(model(without=bare), updates=5)
-    assert "no optimizer tensors after 5 updates" in text and "save after the first step" in text
+BARE = {(kind, name) for kind in ("exp_avg", "exp_avg_sq") for name in ("a", "b")}
+
+
+@pytest.mark.parametrize("setting", [{"betas": (0.9, 0.95)}, {"momentum": 0.9}])
+def test_no_moments_after_updates_are_told(setting: dict[str, Any]) -> None:
+    (text,) = told(model(without=BARE), 5, {**setting, "members": ["a", "b"]})
+    assert "group 0: no optimizer tensors after 5 updates" in text
+
+
+@pytest.mark.parametrize("setting", [{}, {"momentum": 0}, {"momentum": 0.0}])
+def test_an_optimizer_without_moments_needs_none(setting: dict[str, Any]) -> None:
+    assert told(model(without=BARE), 5, {**setting, "members": ["a", "b"]}) == []
 
 
 def test_moments_of_some_weights_only_are_told() -> None:
     (text,) = told(model(without={("exp_avg_sq", "a")}))
-    assert "exp_avg_sq/a: 1 of 2 weights have no exp_avg_sq" in text
+    assert "exp_avg_sq/a: 1 of 2 weights of group 0 have no exp_avg_sq" in text
 
 
 @pytest.mark.parametrize("kind", ["exp_avg", "exp_avg_sq"])
 def test_moments_that_are_all_zero_after_updates_are_told(kind: str) -> None:
     (text,) = told(model(zero=kind), updates=2)
-    assert f"every element of every {kind} is zero after 2 updates" in text
+    assert f"group 0, {kind}: every element of every {kind} is zero after 2 updates" in text
+
+
+def test_each_group_is_held_to_its_own_state() -> None:
+    groups: list[dict[str, Any]] = [{"members": ["a"]}, {"betas": (0.9, 0.95), "members": ["b"]}, {"members": []}]
+    assert told(model(without={("exp_avg", "a"), ("exp_avg_sq", "a")}), 3, *groups) == []
+    (text,) = told(model(without={("exp_avg", "b"), ("exp_avg_sq", "b")}), 3, *groups)
+    assert "group 1: no optimizer tensors after 3 updates" in text
 
 
 def test_one_zero_moment_among_others_is_fine() -> None:
-    tensors = model(without={("exp_avg", "a")}) + [entry("exp_avg", "a", "0" * 16)]
+    tensors = [*model(without={("exp_avg", "a")}), entry("exp_avg", "a", "0" * 16)]
     assert told(tensors) == []
 
 

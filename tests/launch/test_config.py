@@ -130,6 +130,13 @@ def test_a_value_of_another_type_is_told(text: str, expected: str, tmp_path: Pat
         from_text(tmp_path, text)
 
 
+@pytest.mark.parametrize("override", ["run.steps=0", "run.steps=-5", "micro_batch_size=0"])
+def test_a_count_below_one_is_told(override: str, empty: Path) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(UsageError, match=f"{key} is {value}; it must be at least 1"):
+        load(empty, [override])
+
+
 # -- files
 
 
@@ -213,7 +220,6 @@ def test_a_bad_override_is_told(override: str, expected: str, tmp_path: Path) ->
         from_text(tmp_path, "run: {steps: 5}", override)
 
 
-@pytest.mark.xfail(strict=True, reason="YAML 1.1: 1e-4 without a point is a word, and goes to DeepSpeed as one")
 def test_a_rate_without_a_point_is_a_number(empty: Path) -> None:
     config = load(empty, ["deepspeed.optimizer.params.lr=1e-4"])
     assert config.deepspeed["optimizer"]["params"]["lr"] == 1e-4

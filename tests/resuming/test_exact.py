@@ -27,10 +27,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3-offload": (2, {"stage": 3, "offload": True}),
     "zero3-sgd": (2, {"stage": 3, "client_optimizer": "sgd", "scheduler": "lambda"}),
     "zero2-plain-sgd": (2, {"stage": 2, "client_optimizer": "plain sgd"}),
-    "zero1-amsgrad-round-robin": (
-        2,
-        {"stage": 1, "client_optimizer": "amsgrad", "zero": {"round_robin_gradients": True}},
-    ),
+    "zero1-amsgrad": (2, {"stage": 1, "client_optimizer": "amsgrad"}),
     "one-rank": (1, {"stage": 3}),
 }
 

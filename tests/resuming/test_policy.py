@@ -46,7 +46,7 @@ def test_an_unknown_key_suggests_the_nearest(key: str, near: str) -> None:
 
 @pytest.mark.parametrize("key", ["zzz", "", "7", 7, None, True])
 def test_even_a_key_like_nothing_is_a_usage_error(key: Any) -> None:
-    with pytest.raises(UsageError, match="policy has no field .*; did you mean '"):
+    with pytest.raises(UsageError, match=r"policy has no field .*; did you mean '"):
         Policy.from_mapping({key: 1})
 
 

@@ -178,7 +178,6 @@ def test_events_of_two_writers_do_not_mix(tmp_path: Path) -> None:
     assert [record["attempt"] for record in read_journal(tmp_path)] == [1, 2] * 50
 
 
-@pytest.mark.xfail(strict=True, reason="the event after a short write is glued to the torn line; see Journal.write")
 def test_a_full_disk_in_the_middle_of_a_line_costs_that_line_only(tmp_path: Path) -> None:
     """RLIMIT_FSIZE cuts a write short just as a full disk does: first a short write, then an error."""
     write(tmp_path, step(1, loss=0.5))

@@ -254,6 +254,17 @@ def test_the_same_step_can_be_set_aside_by_many_attempts(run_dir: Path) -> None:
     assert [contents(place) for place in places] == saved
 
 
+def test_setting_aside_never_overwrites_what_is_there(run_dir: Path) -> None:
+    """An attempt's number comes again when the journal was lost."""
+    saved = []
+    for seed in (1, 2, 3):
+        commit(run_dir, 30, seed=seed)
+        saved.append(checkpoint(run_dir, names.step_directory(30)))
+        assert set_aside(run_dir, after=0, attempt=1) == [30]
+    places = [run_dir / names.SET_ASIDE / f"step-000000030.attempt-1{end}" for end in ("", ".2", ".3")]
+    assert [contents(place) for place in places] == saved
+
+
 def test_what_was_set_aside_is_neither_elected_nor_pruned(run_dir: Path) -> None:
     for step in (1, 2, 3, 4, 5):
         commit(run_dir, step)

@@ -98,6 +98,7 @@ class DeepSpeedAdapter:
                 "model": {k: v for k, v in model.items() if k not in ("transformers_version", "_name_or_path")},
                 "module structure": canonical.digest(repr(self._module).encode()),
                 "optimizer": type(self._layout.base).__name__,
+                "scheduler": None if self._engine.lr_scheduler is None else type(self._engine.lr_scheduler).__name__,
                 "deepspeed": training_config(self._engine),
             },
         )

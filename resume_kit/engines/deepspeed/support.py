@@ -59,6 +59,10 @@ def require_supported(engine: Any) -> None:
         refuse("state offloaded to NVMe", "offload to cpu instead")
     if stage == 3 and engine.zero_hpz_partition_size() > 1:
         refuse("hierarchical partitioning (zero_hpz_partition_size > 1)", "set it to 1")
+    if stage in (1, 2) and getattr(optimizer, "round_robin_gradients", False):
+        refuse("round_robin_gradients: DeepSpeed's fragment mapping names the wrong weights", "switch it off")
+    if engine._config._param_dict.get("zero_optimization", {}).get("zenflow"):
+        refuse("zenflow: its state would not be saved", "switch it off")
     if engine.mp_world_size > 1 or getattr(engine, "pipeline_parallelism", False):
         refuse("model or pipeline parallelism", "use data parallel ranks only")
     if engine.has_moe_layers:
