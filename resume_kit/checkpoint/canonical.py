@@ -31,8 +31,19 @@ def digest(data: bytes) -> str:
 
 
 def value_digest(value: Any) -> str:
-    """Digest of any value that `encode` takes."""
-    return digest(dumps(encode(value)))
+    """Digest of any value that `encode` takes; the order in which a dict was filled does not count."""
+    return digest(dumps(_without_order(encode(value))))
+
+
+def _without_order(encoded: Any) -> Any:
+    if isinstance(encoded, list):
+        return [_without_order(item) for item in encoded]
+    if not isinstance(encoded, dict):
+        return encoded
+    plain = {key: _without_order(item) for key, item in encoded.items()}
+    if "$items" in plain:
+        plain["$items"].sort(key=dumps)
+    return plain
 
 
 def sign(document: dict[str, Any]) -> bytes:
@@ -99,8 +110,7 @@ def encode(value: Any, where: str = "value") -> Any:
     if isinstance(value, dict):
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {key: encode(item, f"{where}.{key}") for key, item in value.items()}
-        items = [[encode(k, where), encode(v, f"{where}.{k}")] for k, v in value.items()]
-        return {"$items": sorted(items, key=lambda item: dumps(item[0]))}
+        return {"$items": [[encode(k, where), encode(v, f"{where}.{k}")] for k, v in value.items()]}
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return encode(value.item(), where)
     raise UsageError(

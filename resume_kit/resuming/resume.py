@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +174,8 @@ class Resumer:
                 _nothing,
             )
             self._adapter.publish()
-            coordinator.round("state", partial(self._adapter.load_state, examined.state), _nothing)
-            read = coordinator.round("bytes", lambda: examined.order.nbytes, sum)
+            coordinator.round("state", lambda: self._adapter.load_state(examined.state), _nothing)
+            read = sum(coordinator.gather("bytes", lambda: examined.order.nbytes))
         report.passed("load", "bytes read", f"{read:,} over all ranks, every block's digest checked")
 
     def _prove(self, examined: _Examined, stage: str = "prove") -> None:

@@ -62,3 +62,12 @@ def test_the_pinned_arena_is_the_file() -> None:
     offset = staged.pieces[0].offset
     assert offset is not None
     assert bytes(staged.image[offset : offset + 256_000]) == data.cpu().numpy().tobytes()
+
+
+def test_pieces_on_host_and_device_go_together() -> None:
+    shape, box = (40, 25), Box.whole((40, 25))
+    host = torch.randn(1000)
+    mixed = fingerprints([(host, shape, box), (host.cuda(), shape, box), (host.bfloat16().cuda(), shape, box)])
+    one, two, three = as_unsigned(mixed)
+    assert one == two == reference.fingerprint_of_box(host.numpy(), shape, box)
+    assert three == reference.fingerprint_of_box(host.bfloat16().view(torch.int16).numpy().view("u2"), shape, box)

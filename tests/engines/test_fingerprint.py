@@ -120,5 +120,3 @@ def test_misfits_are_refused() -> None:
         fingerprint_of_box(torch.zeros(3, 2).t(), (2, 3), box)
     with pytest.raises(ValueError, match="not within shape"):
         fingerprint_of_box(torch.zeros(2, 3), (2, 2), box)
-    with pytest.raises(UsageError, match="once per device"):
-        fingerprints([(torch.zeros(2, 3), (2, 3), box), (torch.zeros(2, 3, device="meta"), (2, 3), box)])
