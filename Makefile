@@ -31,7 +31,7 @@ venv: $(READY) ## make the environment in $(VENV), once; TORCH=... picks another
 demo: $(READY) ## kill a multi-rank run and resume it, bit-identical (no GPU needed)
 	@$(PY) -m launch.demo
 
-test: lint ## lint, then all tests
+test: lint ## lint, then all tests but the long ones of `make soak`
 	@$(PY) -m pytest -m 'not slow'
 
 soak: $(READY) ## the long tests: 24 SIGKILLs over ZeRO 1, 2, 3 on 2 and 4 ranks (about ten minutes)

@@ -32,6 +32,10 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+#: Of every stage one that is resumed, ended and resumed again; the others are resumed once, to save time.
+TWICE = {"zero1", "zero2-two-groups-frozen", "zero3-accumulation-workers", "zero3-four-ranks-two-groups-frozen"}
+
+
 def differences(reference: dict[str, Any], resumed: dict[str, Any]) -> list[str]:
     """Names of all that differs between a rank's uninterrupted and resumed run."""
     later = [record for record in reference["records"] if record["step"] > resumed["resumed_at"]]
@@ -41,16 +45,17 @@ def differences(reference: dict[str, Any], resumed: dict[str, Any]) -> list[str]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_resumed_twice_is_the_uninterrupted_run(variant: str, ranks: Ranks, data: str, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(variant: str, ranks: Ranks, data: str, tmp_path: Path) -> None:
     world_size, options = VARIANTS[variant]
     job = Job(run_dir=str(tmp_path / "reference"), data=data, steps=9, save_every=3, **options)
     reference = ranks.run(train, world_size, job.to_json())
     again = job.but(run_dir=str(tmp_path / "resumed"))
     ranks.run(train, world_size, again.but(steps=4).to_json())
-    ranks.run(train, world_size, again.but(steps=7).to_json())
+    if variant in TWICE:
+        ranks.run(train, world_size, again.but(steps=7).to_json())
     resumed = ranks.run(train, world_size, again.to_json())
     for rank in range(world_size):
-        assert resumed[rank]["resumed_at"] == 6
+        assert resumed[rank]["resumed_at"] == (6 if variant in TWICE else 3)
         assert differences(reference[rank], resumed[rank]) == []
 
 
