@@ -34,7 +34,7 @@ demo: $(READY) ## kill a multi-rank run and resume it, bit-identical (no GPU nee
 test: lint ## lint, then all tests but the long ones of `make soak`
 	@$(PY) -m pytest -m 'not slow'
 
-soak: $(READY) ## the long tests: 24 SIGKILLs over ZeRO 1, 2, 3 on 2 and 4 ranks (about ten minutes)
+soak: $(READY) ## the long tests: 24 SIGKILLs over ZeRO 1, 2, 3 on 2 and 4 ranks (about seven minutes)
 	@$(PY) -m pytest -m slow -s
 
 lint: $(READY) ## ruff (rules and format) and mypy

@@ -31,7 +31,8 @@ def _kill_table(findings: Findings, kill: Kill) -> Iterator[str]:
         if before is not None and step > before + 1:
             hidden = [p for p in findings.pairs if before < p.step < step]
             equal = "all equal" if not any(p.differing for p in hidden) else "NOT all equal"
-            yield line.format("⋮", f"steps {before + 1}–{step - 1}", "", "", equal).rstrip()
+            steps = f"step {step - 1}" if step == before + 2 else f"steps {before + 1}–{step - 1}"
+            yield line.format("⋮", steps, "", "", equal).rstrip()
         equal = "yes" if not pair.differing else "NO"
         note = ", ".join([*(f"{name} differs" for name in pair.differing), *_notes(step, start, kill, resumed)])
         yield line.format(step, repr(pair.reference["loss"]), repr(pair.resumed["loss"]), equal, note).rstrip()

@@ -16,6 +16,7 @@ from resume_kit.engines import rng
 from resume_kit.engines.adapter import Forward, GateResult
 from resume_kit.engines.choose import adapter_for
 from resume_kit.engines.coordination import Coordinator
+from resume_kit.engines.forward import causal_lm_loss, to_device
 from resume_kit.environment import software_versions
 from resume_kit.errors import InconsistentState, Problem, ResumeKitError, ResumeRefused, SaveFailed, UsageError
 from resume_kit.resuming.audit import ReplayAudit
@@ -30,12 +31,6 @@ from resume_kit.run.protocols import ResumableData, Stateful
 from resume_kit.run.retention import Retention, prune, set_aside
 from resume_kit.saving.save import Commit, SaveRequest, save
 from resume_kit.saving.staging import Arena
-
-
-def causal_lm_loss(module: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """The loss of a transformers model for a batch with labels."""
-    loss: torch.Tensor = module(**batch).loss
-    return loss
 
 
 class ResumeKit:
@@ -335,7 +330,7 @@ class ResumeKit:
 
     def _run_gate(self) -> GateResult:
         batch = self._data.pinned_batch(self.GATE_SAMPLES)
-        return self._adapter.run_gate(self._forward, _to_device(batch, self._adapter.device))
+        return self._adapter.run_gate(self._forward, to_device(batch, self._adapter.device))
 
     def _restore_run(self, manifest: Manifest) -> None:
         position = int(manifest.data["position"])
@@ -384,16 +379,6 @@ class ResumeKit:
             "world_size": self._coordinator.world_size,
             "versions": self._versions,
         }
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to_device(item, device) for item in value)
-    return value
 
 
 def _step_items(run: Path, step: int) -> list[dict[str, Any]]:
