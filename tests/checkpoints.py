@@ -67,7 +67,7 @@ def stage(run: Path, recipe: Recipe) -> Path:
     owned = _owned(recipe)
     indices, written = [], []
     for rank in range(recipe.ranks):
-        index = _write_rank(staging, recipe, rank, owned[rank])
+        index = write_rank(staging, recipe, rank, owned[rank])
         raw = index.to_bytes()
         files.write_durably(staging / names.index_file(rank), raw)
         indices.append(index)
@@ -156,7 +156,7 @@ def _owned(recipe: Recipe) -> list[Pieces]:
     return owned
 
 
-def _write_rank(staging: Path, recipe: Recipe, rank: int, owned: Pieces) -> RankIndex:
+def write_rank(staging: Path, recipe: Recipe, rank: int, owned: Pieces) -> RankIndex:
     layout = plan_file(
         [(spec, box) for spec, box, _, stored in owned if stored],
         {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import xxhash
@@ -28,6 +28,20 @@ class FileDigest:
         start = block * self.block_bytes
         return start, min(start + self.block_bytes, self.size)
 
+    def touched(self, ranges: Iterable[tuple[int, int]]) -> list[int]:
+        """The blocks that hold any byte of `ranges`, in file order, each once."""
+        size = self.block_bytes
+        return sorted({block for lo, hi in ranges if lo < hi for block in range(lo // size, -(-hi // size))})
+
+    def runs(self, blocks: Iterable[int]) -> list[tuple[int, int]]:
+        """The fewest byte ranges that hold exactly `blocks`, in file order."""
+        found: list[tuple[int, int]] = []
+        for start, stop in map(self.span, sorted(set(blocks))):
+            if found and found[-1][1] == start:
+                start = found.pop()[0]
+            found.append((start, stop))
+        return found
+
 
 def digest_block(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
@@ -43,25 +57,3 @@ def digest_image(image: memoryview, block_bytes: int = BLOCK_BYTES) -> FileDiges
     """The digests of a file image that lies in memory."""
     blocks = tuple(digest_block(image[start:stop]) for start, stop in spans(len(image), block_bytes))
     return FileDigest(len(image), block_bytes, blocks)
-
-
-def block_runs(ranges: Iterable[tuple[int, int]], digests: FileDigest) -> list[tuple[int, int]]:
-    """The fewest runs [first, last) of whole blocks that hold all byte `ranges`, in file order."""
-    size = digests.block_bytes
-    runs: list[tuple[int, int]] = []
-    for start, stop in sorted(r for r in ranges if r[0] < r[1]):
-        first, last = start // size, -(-stop // size)
-        if runs and first <= runs[-1][1]:
-            runs[-1] = (runs[-1][0], max(runs[-1][1], last))
-        else:
-            runs.append((first, last))
-    return runs
-
-
-def first_bad_block(image: memoryview, first: int, digests: FileDigest) -> int | None:
-    """Number of the first block of `image` (which starts at block `first`) whose digest is not the stated one."""
-    stated: Sequence[str] = digests.blocks[first:]
-    for number, (start, stop) in enumerate(spans(len(image), digests.block_bytes)):
-        if digest_block(image[start:stop]) != stated[number]:
-            return first + number
-    return None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from resume_kit.checkpoint import names
 from resume_kit.checkpoint.blocks import BLOCK_BYTES, FileDigest, digest_block, spans
 from resume_kit.errors import Problem, SaveFailed, UsageError
+
+_WRITERS = 4  # threads a file; hashing and writing leave the interpreter to others
 
 
 def fsync_directory(directory: Path) -> None:
@@ -28,26 +31,37 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def write_image(path: Path, image: memoryview) -> FileDigest:
-    """Write a file image block by block, digesting as it goes, and fsync it.
+    """Write a file image, several blocks at a time, digesting each as it goes, and fsync it.
 
     Returns the digests of the bytes in `image`. A short or failed write raises `SaveFailed`.
     """
-    blocks = []
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
         try:
-            for start, stop in spans(len(image)):
-                block = image[start:stop]
-                blocks.append(digest_block(block))
-                written = 0
-                while written < len(block):
-                    written += os.write(descriptor, block[written:])
+            ranges = list(spans(len(image)))
+
+            def write(span: tuple[int, int]) -> str:
+                return _write_block(descriptor, image[span[0] : span[1]], span[0])
+
+            if len(ranges) > 1:
+                with ThreadPoolExecutor(min(_WRITERS, len(ranges)), "writer") as pool:
+                    blocks = tuple(pool.map(write, ranges))
+            else:
+                blocks = tuple(map(write, ranges))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise write_failed(path, error, len(image)) from error
-    return FileDigest(len(image), BLOCK_BYTES, tuple(blocks))
+    return FileDigest(len(image), BLOCK_BYTES, blocks)
+
+
+def _write_block(descriptor: int, block: memoryview, offset: int) -> str:
+    digest = digest_block(block)
+    written = 0
+    while written < len(block):
+        written += os.pwrite(descriptor, block[written:], offset + written)
+    return digest
 
 
 def write_failed(path: Path, error: OSError, nbytes: int) -> SaveFailed:

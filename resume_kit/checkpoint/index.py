@@ -40,7 +40,10 @@ class StoredPiece:
 
 @dataclass(frozen=True)
 class RankIndex:
-    """`rng` maps a generator's name to its encoded state; `scalars` a tensor's name to its optimizer scalars."""
+    """`rng` maps a generator's name to its encoded state; `scalars` a tensor's name to its optimizer scalars.
+
+    `carried` holds RNG records of ranks of earlier topologies, in the order of the manifest's `carried`.
+    """
 
     run_id: str
     attempt: int
@@ -51,6 +54,7 @@ class RankIndex:
     pieces: tuple[StoredPiece, ...]
     scalars: dict[str, Any]
     rng: dict[str, Any]
+    carried: tuple[dict[str, Any], ...] = ()
 
     @property
     def data_file(self) -> str:
@@ -79,6 +83,7 @@ class RankIndex:
                 "pieces": [[number[p.spec], str(p.box), p.fingerprint, p.offset, p.nbytes] for p in self.pieces],
                 "scalars": self.scalars,
                 "rng": self.rng,
+                "carried": list(self.carried),
             }
         )
 
@@ -106,6 +111,7 @@ def parse_index(raw: bytes, path: Path) -> RankIndex:
             ),
             scalars=document["scalars"],
             rng=document["rng"],
+            carried=tuple(document.get("carried", ())),
         )
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise canonical.damaged(path, f"a field is missing or malformed: {error!r}") from None

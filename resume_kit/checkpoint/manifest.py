@@ -49,6 +49,8 @@ class Manifest:
     """`state` holds what every rank shares: param groups, scheduler, counters, scaler, optimizer scalars.
 
     `pinned` is what a resume compares with the live run: configuration, model, optimizer groups, versions, data.
+    `holders` tells by tensor name which ranks' files hold pieces of it (as `planning.holders` writes it); a manifest
+    without it says nothing of them. `carried` are the topologies whose RNG records the indices carry along.
     """
 
     run_id: str
@@ -64,6 +66,8 @@ class Manifest:
     pinned: dict[str, Any]
     gate: dict[str, Any] | None
     requires: tuple[str, ...] = field(default=())
+    holders: dict[str, str] = field(default_factory=dict)
+    carried: tuple[dict[str, Any], ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -113,6 +117,8 @@ class Manifest:
                 "data": self.data,
                 "pinned": self.pinned,
                 "gate": self.gate,
+                "holders": self.holders,
+                "carried": list(self.carried),
             }
         )
 
@@ -212,6 +218,8 @@ def _from_document(document: dict[str, Any]) -> Manifest:
         pinned=document["pinned"],
         gate=document["gate"],
         requires=tuple(document["requires"]),
+        holders=document.get("holders", {}),
+        carried=tuple(document.get("carried", ())),
     )
 
 
@@ -223,7 +231,7 @@ def _misshapen(manifest: Manifest) -> Iterator[str]:
         "step": int,
         "created": (int, float),
     }
-    whole |= dict.fromkeys(("engine", "aliases", "state", "data", "pinned"), dict)
+    whole |= dict.fromkeys(("engine", "aliases", "state", "data", "pinned", "holders"), dict)
     whole |= {"gate": (dict, type(None))}
     for name, kind in whole.items():
         if not isinstance(getattr(manifest, name), kind):

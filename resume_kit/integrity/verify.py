@@ -12,7 +12,7 @@ from resume_kit.checkpoint import canonical, names
 from resume_kit.checkpoint.index import RankIndex
 from resume_kit.checkpoint.layout import entry_name, read_header
 from resume_kit.checkpoint.manifest import Manifest, read_manifest
-from resume_kit.checkpoint.reading import check_data_file, read_index, read_ranges
+from resume_kit.checkpoint.reading import check_data_file, check_ranges, read_index
 from resume_kit.errors import CheckpointDamaged, Problem, ResumeKitError
 from resume_kit.integrity.assembly import assemble
 
@@ -110,7 +110,7 @@ def _data_problems(directory: Path, index: RankIndex) -> Iterator[tuple[Problem 
     for start in range(0, index.data.size, step):
         stop = min(start + step, index.data.size)
         try:
-            read_ranges(path, index.data, [(start, stop)])
+            check_ranges(path, index.data, [(start, stop)])
             yield None, stop - start
         except CheckpointDamaged as damage:
             whole = False

@@ -1,4 +1,4 @@
-"""Block digests: the fewest blocks that hold what is wanted, and the first bad one by number."""
+"""Block digests: which blocks hold what is wanted, and that each digest is that of its own block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resume_kit.checkpoint.blocks import FileDigest, block_runs, digest_image, first_bad_block, spans
+from resume_kit.checkpoint.blocks import FileDigest, digest_image, spans
 
 IMAGE = bytes(range(256)) * 3 + b"tail"  # 772 bytes
 
@@ -22,30 +22,25 @@ def wanted(draw: st.DrawFn) -> tuple[FileDigest, list[tuple[int, int]]]:
 
 
 @given(wanted())
-def test_runs_hold_exactly_the_blocks_that_ranges_touch(case: tuple[FileDigest, list[tuple[int, int]]]) -> None:
+def test_touched_blocks_are_those_that_hold_a_byte_of_a_range(case: tuple[FileDigest, list[tuple[int, int]]]) -> None:
     digests, ranges = case
-    runs = block_runs(ranges, digests)
-    touched = {byte // digests.block_bytes for start, stop in ranges for byte in range(start, stop)}
-    assert [block for first, last in runs for block in range(first, last)] == sorted(touched)
-    assert all(first < last <= len(digests.blocks) for first, last in runs)
+    expected = {byte // digests.block_bytes for start, stop in ranges for byte in range(start, stop)}
+    assert digests.touched(ranges) == sorted(expected)
 
 
 @given(wanted())
-def test_runs_are_in_file_order_and_apart(case: tuple[FileDigest, list[tuple[int, int]]]) -> None:
-    runs = block_runs(case[1], case[0])
+def test_runs_of_blocks_hold_exactly_them_and_are_apart(case: tuple[FileDigest, list[tuple[int, int]]]) -> None:
+    digests, ranges = case
+    blocks = digests.touched(ranges)
+    runs = digests.runs([*reversed(blocks), *blocks])
+    expected = [byte for block in blocks for byte in range(*digests.span(block))]
+    assert [byte for start, stop in runs for byte in range(start, stop)] == expected
     assert all(before[1] < after[0] for before, after in pairwise(runs))
 
 
-@given(wanted())
-def test_every_range_lies_within_one_run(case: tuple[FileDigest, list[tuple[int, int]]]) -> None:
-    digests, ranges = case
-    held = [(digests.span(first)[0], digests.span(last - 1)[1]) for first, last in block_runs(ranges, digests)]
-    for start, stop in ranges:
-        assert start == stop or sum(lo <= start and stop <= hi for lo, hi in held) == 1
-
-
-def test_empty_ranges_want_no_block() -> None:
-    assert block_runs([(5, 5), (0, 0)], digest_image(memoryview(IMAGE), 64)) == []
+def test_empty_ranges_touch_no_block() -> None:
+    digests = digest_image(memoryview(IMAGE), 64)
+    assert digests.touched([(5, 5), (0, 0)]) == [] and digests.runs([]) == []
 
 
 @given(st.integers(0, 1000), st.integers(1, 100))
@@ -69,22 +64,11 @@ def test_another_image_has_another_digest(other: bytes) -> None:
     assert digest_image(memoryview(other), 100).whole != digest_image(memoryview(IMAGE), 100).whole
 
 
-def test_every_flipped_byte_is_found_in_its_block() -> None:
+def test_every_flipped_byte_changes_the_digest_of_its_block_and_no_other() -> None:
     digests = digest_image(memoryview(IMAGE), 64)
-    assert first_bad_block(memoryview(IMAGE), 0, digests) is None
     for position in range(len(IMAGE)):
         changed = bytearray(IMAGE)
         changed[position] ^= 1
-        assert first_bad_block(memoryview(changed), 0, digests) == position // 64
-
-
-@pytest.mark.parametrize(("first", "last"), [(0, 1), (3, 6), (12, 13), (11, 13)])
-def test_a_run_from_the_middle_is_checked_against_its_own_blocks(first: int, last: int) -> None:
-    digests = digest_image(memoryview(IMAGE), 64)
-    start, stop = digests.span(first)[0], digests.span(last - 1)[1]
-    run = bytearray(IMAGE[start:stop])
-    assert first_bad_block(memoryview(run), first, digests) is None
-    run[-1] ^= 128
-    assert first_bad_block(memoryview(run), first, digests) == last - 1
-    run[0] ^= 128
-    assert first_bad_block(memoryview(run), first, digests) == first
+        found = digest_image(memoryview(changed), 64).blocks
+        assert [a != b for a, b in zip(found, digests.blocks, strict=True)].index(True) == position // 64
+        assert sum(a != b for a, b in zip(found, digests.blocks, strict=True)) == 1

@@ -1,11 +1,13 @@
-"""Reading parts of a checkpoint: whole blocks only, each checked, and every fault named."""
+"""Reading parts of a checkpoint: what the plan says arrives, whole blocks are checked, and every fault is named."""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +16,16 @@ from resume_kit.checkpoint import canonical, names
 from resume_kit.checkpoint.blocks import digest_image
 from resume_kit.checkpoint.index import RankIndex, parse_index
 from resume_kit.checkpoint.manifest import read_manifest
-from resume_kit.checkpoint.reading import check_data_file, read_index, read_ranges
+from resume_kit.checkpoint.reading import (
+    ReadAccount,
+    allocate,
+    carry_out,
+    check_data_file,
+    check_ranges,
+    read_index,
+)
+from resume_kit.checkpoint.readplan import ReadPlan, Source, plan_reads
+from resume_kit.checkpoint.transfers import Transfer
 from resume_kit.errors import CheckpointDamaged
 from tests.checkpoints import commit, flip, resign
 
@@ -37,70 +48,133 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# -- data
+def wanted(*ranges: tuple[int, int], stored: int = 1000) -> tuple[ReadPlan, list[memoryview]]:
+    """A plan that reads each range into a buffer of its own, and the buffers."""
+    transfers = tuple(Transfer(start, number, 0, stop - start) for number, (start, stop) in enumerate(ranges))
+    buffers = [memoryview(bytearray(stop - start)) for start, stop in ranges]
+    return plan_reads([Source("rank-00003.safetensors", DIGESTS, stored, transfers)]), buffers
 
 
-@given(ranges=st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 1000)).map(lambda p: (min(p), max(p)))))
-@settings(max_examples=100, deadline=None)
-def test_wanted_bytes_are_those_of_the_file(ranges: list[tuple[int, int]], shared: Path) -> None:
-    read = read_ranges(shared, DIGESTS, ranges)
-    for start, stop in ranges:
-        if start < stop:
-            assert bytes(read.view(start, stop - start)) == IMAGE[start:stop]
-    touched = {byte // BLOCK for start, stop in ranges for byte in range(start, stop)}
-    assert sum(stop - start for start, stop, _ in read.runs) == sum(
-        DIGESTS.span(block)[1] - DIGESTS.span(block)[0] for block in touched
+# -- carrying out a plan
+
+
+def test_wanted_bytes_are_those_of_the_file_and_all_are_accounted_for(data: Path) -> None:
+    ranges = [(64, 256), (300, 310), (500, 500 + 3), (640, 704)]
+    plan, buffers = wanted(*ranges)
+    account = carry_out(plan, data.parent, buffers)
+    assert [bytes(buffer) for buffer in buffers] == [IMAGE[start:stop] for start, stop in ranges]
+    assert account == ReadAccount(
+        wanted_bytes=269,
+        read_bytes=269,
+        verified_bytes=256,
+        unverified=(("rank-00003.safetensors", 256, 320), ("rank-00003.safetensors", 448, 512)),
     )
 
 
-def test_bytes_that_were_not_read_are_not_there(data: Path) -> None:
-    read = read_ranges(data, DIGESTS, [(70, 80), (300, 310)])
-    assert bytes(read.view(64, 64)) == IMAGE[64:128]  # the whole block came
-    for offset, count in [(63, 2), (127, 2), (0, 1), (70, 240)]:
-        with pytest.raises(KeyError, match="were not read"):
-            read.view(offset, count)
+def test_neighbours_that_were_read_in_part_are_one_range(data: Path) -> None:
+    plan, buffers = wanted((40, 80), (140, 150))
+    assert carry_out(plan, data.parent, buffers).unverified == (("rank-00003.safetensors", 0, 192),)
 
 
 @pytest.mark.parametrize("position", [0, 63, 64, 500, 999])
-def test_a_flipped_bit_is_seen_by_who_reads_its_block_and_by_nobody_else(position: int, data: Path) -> None:
+def test_a_flipped_bit_is_seen_by_who_reads_its_block_whole_and_by_nobody_else(position: int, data: Path) -> None:
     flip(data, position, 5)
     start, stop = DIGESTS.span(position // BLOCK)
-    with pytest.raises(
-        CheckpointDamaged, match=rf"rank-00003\.safetensors: the content of bytes {start:,}\.\.{stop:,}"
-    ):
-        read_ranges(data, DIGESTS, [(start, start + 1)])
-    others = [(0, start), (stop, 1000)]
-    assert sum(stop - start for start, stop, _ in read_ranges(data, DIGESTS, others).runs) == 1000 - (stop - start)
+    named = rf"rank-00003\.safetensors: the content of bytes {start:,}\.\.{stop:,} is not what was saved"
+    plan, buffers = wanted((start, stop))
+    with pytest.raises(CheckpointDamaged, match=named):
+        carry_out(plan, data.parent, buffers)
+    others = [(lo, hi) for lo, hi in [(0, start), (stop, 1000)] if lo < hi]
+    plan, buffers = wanted(*others, stored=10_000)
+    account = carry_out(plan, data.parent, buffers)
+    assert account.verified_bytes == 1000 - (stop - start) and not account.unverified
 
 
-def test_the_first_of_several_bad_blocks_is_named(data: Path) -> None:
-    for position in (900, 200, 450):
-        flip(data, position, 0)
-    with pytest.raises(CheckpointDamaged, match=r"bytes 192\.\.256"):
-        read_ranges(data, DIGESTS, [(0, 1000)])
+def test_nothing_of_a_bad_block_is_passed_on(data: Path) -> None:
+    flip(data, 70, 0)
+    plan, buffers = wanted((0, 64), (64, 128))
+    with pytest.raises(CheckpointDamaged):
+        carry_out(plan, data.parent, buffers)
+    assert bytes(buffers[0]) == IMAGE[:64] and bytes(buffers[1]) == bytes(64)
+
+
+def test_a_flipped_bit_in_a_block_that_is_read_in_part_is_passed_on(data: Path) -> None:
+    """That is why the account names the block: digests cannot tell, fingerprints will."""
+    flip(data, 70, 0)
+    plan, buffers = wanted((70, 72))
+    account = carry_out(plan, data.parent, buffers)
+    assert bytes(buffers[0]) == bytes([IMAGE[70] ^ 1, IMAGE[71]])
+    assert account.verified_bytes == 0 and account.unverified == (("rank-00003.safetensors", 64, 128),)
 
 
 @pytest.mark.parametrize("size", [0, 63, 500, 999])
-def test_a_truncated_file_is_named_with_its_end(size: int, data: Path) -> None:
+@pytest.mark.parametrize("ranges", [[(0, 1000)], [(3, 7), (700, 730), (990, 1000)]])
+def test_a_truncated_file_is_named_with_its_end(size: int, ranges: list[tuple[int, int]], data: Path) -> None:
     os.truncate(data, size)
+    plan, buffers = wanted(*ranges)
     with pytest.raises(CheckpointDamaged, match=f"truncated: it ends at byte {size}"):
-        read_ranges(data, DIGESTS, [(0, 1000)])
+        carry_out(plan, data.parent, buffers)
 
 
 def test_a_file_that_cannot_be_opened_or_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointDamaged, match="gone: cannot be opened: No such file"):
-        read_ranges(tmp_path / "gone", DIGESTS, [(0, 1)])
+    plan, buffers = wanted((64, 65))
+    with pytest.raises(CheckpointDamaged, match=r"rank-00003\.safetensors: cannot be opened: No such file"):
+        carry_out(plan, tmp_path, buffers)
+    (tmp_path / "rank-00003.safetensors").mkdir()
     with pytest.raises(CheckpointDamaged, match="read failed at byte 64: Is a directory"):
-        read_ranges(tmp_path, DIGESTS, [(64, 65)])
+        carry_out(plan, tmp_path, buffers)
 
 
 def test_no_descriptor_is_left_open_by_a_failure(data: Path) -> None:
     flip(data, 0, 0)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
+        plan, buffers = wanted((0, 64))
         with pytest.raises(CheckpointDamaged):
-            read_ranges(data, DIGESTS, [(0, 1)])
+            carry_out(plan, data.parent, buffers)
+        with pytest.raises(CheckpointDamaged):
+            check_ranges(data, DIGESTS, [(0, 1)])
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 1000, (1 << 20) - 1, 1 << 20, (3 << 20) + 1])
+def test_memory_is_of_the_asked_size_and_large_memory_starts_on_a_page(nbytes: int) -> None:
+    memory = allocate(nbytes)
+    assert (memory.nbytes, memory.itemsize, memory.readonly) == (nbytes, 1, False)
+    if nbytes >= 1 << 20:
+        assert np.frombuffer(memory, np.uint8).ctypes.data % 4096 == 0
+
+
+# -- checking without keeping
+
+
+@given(ranges=st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 1000)).map(lambda p: (min(p), max(p)))))
+@settings(max_examples=50, deadline=None)
+def test_a_check_reads_the_blocks_of_its_ranges_and_no_others(ranges: list[tuple[int, int]], shared: Path) -> None:
+    check_ranges(shared, DIGESTS, ranges)
+    touched = DIGESTS.touched(ranges)
+    wrong = replace(DIGESTS, blocks=tuple("0" * 32 for _ in DIGESTS.blocks))
+    if not touched:
+        check_ranges(shared, wrong, ranges)
+        return
+    with pytest.raises(CheckpointDamaged) as caught:
+        check_ranges(shared, wrong, ranges)
+    named = [f"the content of bytes {lo:,}..{hi:,} is not what was saved" for lo, hi in map(DIGESTS.span, touched)]
+    assert [problem.what for problem in caught.value.problems] == named
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_check_names_every_bad_block_and_the_end_of_a_truncated_file_once(cached: bool, data: Path) -> None:
+    for position in (900, 200, 450):
+        flip(data, position, 0)
+    with pytest.raises(CheckpointDamaged) as caught:
+        check_ranges(data, DIGESTS, [(0, 1000)], cached=cached)
+    assert [problem.what.split()[4] for problem in caught.value.problems] == ["192..256", "448..512", "896..960"]
+    assert {problem.where for problem in caught.value.problems} == {str(data)}
+    os.truncate(data, 500)
+    with pytest.raises(CheckpointDamaged) as caught:
+        check_ranges(data, DIGESTS, [(448, 1000)], cached=cached)
+    assert [problem.what for problem in caught.value.problems] == ["truncated: it ends at byte 500"]
 
 
 # -- indices and data files against the manifest
