@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from resume_kit.cli import diffing, inspecting, listing, pruning, verifying
+from resume_kit.cli import diffing, inspecting, listing, planning, pruning, verifying
 from resume_kit.cli.output import (
     BAD,
     INTERRUPTED,
@@ -40,6 +40,7 @@ COMMANDS = {
     "ls": Command("list the checkpoints of a run", listing.configure, listing.execute),
     "inspect": Command("show what a checkpoint holds", inspecting.configure, inspecting.execute),
     "verify": Command("check that a checkpoint is whole", verifying.configure, verifying.execute),
+    "plan": Command("tell whether and how a checkpoint resumes elsewhere", planning.configure, planning.execute),
     "diff": Command("compare two checkpoints", diffing.configure, diffing.execute),
     "prune": Command("delete old checkpoints", pruning.configure, pruning.execute),
 }

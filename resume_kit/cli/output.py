@@ -130,7 +130,8 @@ def size_text(nbytes: int | None) -> str:
     if nbytes is None:
         return "?"
     unit, name = next(((unit, name) for unit, name in _UNITS if nbytes >= unit), (1, "B"))
-    return f"{nbytes} B" if unit == 1 else f"{nbytes / unit:.1f} {name}"
+    tenths = (10 * nbytes + unit // 2) // unit  # in integers: a damaged file may state any number
+    return f"{nbytes} B" if unit == 1 else f"{tenths // 10}.{tenths % 10} {name}"
 
 
 def time_text(seconds: float | None) -> str:

@@ -27,8 +27,8 @@ from resume_kit.planning.reads import (
     piece_bytes,
     ranges_by_rank,
 )
-from resume_kit.resuming.load import stage_reading
 from resume_kit.resuming.preflight import ReadOrder
+from resume_kit.resuming.staged import stage_reading
 from resume_kit.resuming.wanted import Want
 from tests.checkpoints import flip
 
