@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from resume_kit.data import ResumableLoader, TokenDataset
     from resume_kit.errors import ResumeKitError
-    from resume_kit.resuming.policy import Policy
+    from resume_kit.policy.policy import Policy
     from resume_kit.run.kit import ResumeKit
     from resume_kit.run.retention import Retention
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Policy": "resume_kit.resuming.policy",
+    "Policy": "resume_kit.policy.policy",
     "ResumableLoader": "resume_kit.data",
     "ResumeKit": "resume_kit.run.kit",
     "ResumeKitError": "resume_kit.errors",

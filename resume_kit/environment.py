@@ -8,7 +8,7 @@ import socket
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "torchdata")
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "torchdata")
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 

@@ -99,6 +99,13 @@ class Box:
             tuple(a - b for a, b in zip(self.hi, outer.lo, strict=True)),
         )
 
+    def shifted(self, by: Sequence[int]) -> Box:
+        """This box moved by `by` on every axis."""
+        return Box(
+            tuple(a + b for a, b in zip(self.lo, by, strict=True)),
+            tuple(a + b for a, b in zip(self.hi, by, strict=True)),
+        )
+
     def split(self, axis: int, at: int) -> tuple[Box, Box]:
         """The parts below and from global coordinate `at`. ValueError unless both are non-empty there."""
         if not 0 <= axis < self.ndim or not self.lo[axis] < at < self.hi[axis]:

@@ -17,19 +17,33 @@ from resume_kit.checkpoint.records import TensorSpec
 #: `forward(module, batch) -> loss` (0-d tensor), used for the gate.
 Forward = Callable[[torch.nn.Module, Any], torch.Tensor]
 
+#: Number of the copy that the owners hold together.
+OWNED = 0
+
 
 @dataclass(frozen=True, eq=False)
 class LivePiece:
-    """A box of a logical tensor that this rank owns, and the memory that holds it.
+    """A box of a logical tensor, and the memory of this rank that holds it.
 
     `data` is a contiguous 1-D view of box.numel elements of the engine's own memory, in C order: writing to it
     changes the live state. `cast_of` is the master piece of the same box, for a low-precision weight.
+
+    `copy` says in which copy of the tensor the piece counts. Copy `OWNED` is saved; each further copy is proved to
+    equal it, so the pieces of one copy of a tensor, over all ranks, must cover it exactly once. None: the piece
+    counts in no copy, because a larger one holds its elements too.
+    `restored` is False for memory that follows from other pieces when the adapter publishes them.
     """
 
     spec: TensorSpec
     box: Box
     data: torch.Tensor
     cast_of: LivePiece | None = None
+    copy: int | None = OWNED
+    restored: bool = True
+
+    @property
+    def owned(self) -> bool:
+        return self.copy == OWNED
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +74,7 @@ class ModelDescription:
 
     `weights` are the logical parameters; `trainable` those that have a master; `groups` the optimizer's parameter
     groups as constructed, with their members' names; `pinned` free-form configuration compared field by field.
+    `partial`: this rank knows a part of the model only (a pipeline stage); the ranks' parts have to be united.
     """
 
     weights: tuple[TensorSpec, ...]
@@ -69,6 +84,7 @@ class ModelDescription:
     aliases: Mapping[str, str]
     groups: tuple[Mapping[str, Any], ...]
     pinned: Mapping[str, Any] = field(default_factory=dict)
+    partial: bool = False
 
 
 class EngineAdapter(Protocol):
@@ -94,23 +110,34 @@ class EngineAdapter(Protocol):
         """Whether no gradient is being accumulated."""
 
     @property
+    def reports_loss(self) -> bool:
+        """Whether this rank's loss counts in the mean over ranks; False where other ranks report the same one."""
+
+    @property
     def learning_rate(self) -> float: ...
 
     @property
     def grad_norm(self) -> float | None:
         """Global gradient norm of the last step; None where the engine did not compute one."""
 
+    @property
+    def default_forward(self) -> Forward:
+        """The gate's forward where the user gives none."""
+
     def describe(self) -> ModelDescription:
         """The model and optimizer as constructed. Called once, before any training or load."""
 
+    def settle(self) -> None:
+        """Finish what the engine has overlapped with training, so that live state can be read. Collective."""
+
     def pieces(self) -> list[LivePiece]:
-        """All pieces that this rank owns, masters before what was cast from them."""
+        """All pieces that this rank holds, masters before what was cast from them."""
 
     def replicas(self) -> list[Replica]:
-        """All tensors that this rank holds whole, in the same order on every rank."""
+        """All tensors that every rank holds whole, in the same order on every rank."""
 
     def scalars(self) -> dict[str, dict[str, Any]]:
-        """Optimizer scalars (Adam's step) of each trainable tensor of which this rank owns a piece."""
+        """Optimizer scalars (Adam's step) of each trainable tensor of which this rank holds a master piece."""
 
     def state(self) -> dict[str, Any]:
         """What all ranks share: param groups, counters, LR scheduler, loss scaler. JSON-able by `canonical`."""
@@ -119,7 +146,13 @@ class EngineAdapter(Protocol):
         """Make room for optimizer tensors (name → kind → dtype), so that `pieces` lists them."""
 
     def publish(self) -> None:
-        """After owned pieces were written: bring every copy that follows from them up to date. Collective."""
+        """After restored pieces were written: bring every copy that follows from them up to date. Collective."""
+
+    def advance_schedule(self, saved: Mapping[str, Any], offset: int) -> None:
+        """Bring the live LR schedule to where the saved one stands, and `offset` steps further.
+
+        `saved` is what `state()` was at the save. Raises `UsageError` where that cannot be done.
+        """
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
@@ -127,5 +160,14 @@ class EngineAdapter(Protocol):
     def rng_trackers(self) -> dict[str, tuple[Callable[[], Any], Callable[[Any], None]]]:
         """The engine's own generators: name → (get state, set state), states as bytes."""
 
+    def rng_stream(self, generator: str) -> str:
+        """Coordinates that tell this rank's stream of `generator` from others; equal where ranks must draw alike."""
+
+    def rank_of_stream(self, generator: str, topology: Mapping[str, Any]) -> int | None:
+        """A rank that had this rank's stream of `generator` in another topology; None where there was none."""
+
     def run_gate(self, forward: Forward, batch: Any) -> GateResult:
         """A forward/backward of `batch` that leaves no trace. Collective; the same batch on every rank."""
+
+    def before_update(self, hook: Callable[[list[dict[str, Any]]], Callable[[], None]]) -> None:
+        """Call `hook` with the real optimizers' groups before each update, and what it returns after the update."""

@@ -9,7 +9,7 @@ from resume_kit.errors import UsageError
 
 
 def adapter_for(engine: Any) -> EngineAdapter:
-    """The adapter of a DeepSpeed engine; an object that already is an adapter comes back as it is.
+    """The adapter of a DeepSpeed or Megatron engine; an object that already is an adapter comes back as it is.
 
     Raises `UsageError` for anything else.
     """
@@ -20,7 +20,11 @@ def adapter_for(engine: Any) -> EngineAdapter:
         from resume_kit.engines.deepspeed.adapter import DeepSpeedAdapter
 
         return DeepSpeedAdapter(engine)
+    if type(engine).__module__ == "resume_kit.engines.megatron.engine":
+        from resume_kit.engines.megatron.adapter import MegatronAdapter
+
+        return MegatronAdapter(engine)
     raise UsageError(
         f"no adapter for a {type(engine).__module__}.{type(engine).__name__}; "
-        "give the engine that deepspeed.initialize returned, or an object with the methods of EngineAdapter"
+        "give what deepspeed.initialize returned, a MegatronEngine, or an object with the methods of EngineAdapter"
     )

@@ -29,6 +29,9 @@ R = TypeVar("R")
 #: Seconds that rank 0 waits for the others to have read an error.
 _GRACE = 5.0
 
+#: The same at the end of a run.
+_FAREWELL = 60.0
+
 #: Coordinators are made in the same order on every rank; each has keys of its own in the shared store.
 _instances = itertools.count()
 
@@ -103,6 +106,11 @@ class Coordinator:
         """Run `work` on rank 0 alone; every rank gets its result or its error."""
         return self.round(name, lambda: None, lambda _: work())
 
+    def depart(self) -> None:
+        """The last call before the process ends: rank 0 stays until the others have read the last result."""
+        with suppress(RuntimeError):  # a rank that comes too late finds the store gone, and has nothing left to read
+            self._acknowledge("depart", _FAREWELL)
+
     def _collect(self, prefix: str, name: str) -> list[Any]:
         deadline = time.monotonic() + self.timeout
         values: list[Any] = []
@@ -137,14 +145,14 @@ class Coordinator:
         answer: dict[str, Any] = json.loads(self._store.get(key))
         return answer
 
-    def _acknowledge(self, prefix: str) -> None:
-        """Rank 0, whose process may hold the store, lets the others read the error before it raises."""
+    def _acknowledge(self, prefix: str, bound: float = _GRACE) -> None:
+        """Rank 0, whose process may hold the store, lets the others read it before it goes on to end."""
         if self.rank:
             self._store.set(f"{prefix}/{self.rank}/seen", "")
             return
         seen = [f"{prefix}/{rank}/seen" for rank in range(1, self.world_size)]
-        with suppress(RuntimeError, ValueError):  # a rank that died never answers; the error stands all the same
-            self._store.wait(seen, timedelta(seconds=min(_GRACE, self.timeout))) if seen else None
+        with suppress(RuntimeError, ValueError):  # a rank that died never answers
+            self._store.wait(seen, timedelta(seconds=min(bound, self.timeout))) if seen else None
         for key in seen:
             self._store.delete_key(key)
 

@@ -24,8 +24,8 @@ def _torch_state(data: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
 
 
-def _numpy_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+def _numpy_state(state: Any) -> dict[str, Any]:
+    name, keys, position, has_gauss, gauss = state
     return {
         "name": str(name),
         "keys": np.asarray(keys, dtype=np.uint32).tobytes(),
@@ -44,7 +44,7 @@ def capture(trackers: Mapping[str, Tracker]) -> dict[str, Any]:
     """The state of every generator of this rank, encoded for the rank index. Draws nothing."""
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": _numpy_state(),
+        "numpy": _numpy_state(np.random.get_state(legacy=True)),
         "torch": _torch_bytes(torch.get_rng_state()),
     }
     if torch.cuda.is_available():
@@ -76,6 +76,20 @@ def restore(encoded: Mapping[str, Any], trackers: Mapping[str, Tracker]) -> None
         put(state[f"engine:{name}"])
 
 
+def derived(generator: str, seed: int) -> Any:
+    """The state of a generator that is freshly seeded, as `capture` holds it before encoding; draws nothing.
+
+    A tracker's stream is of the current device where there is one.
+    """
+    if generator == "python":
+        return random.Random(seed).getstate()
+    if generator == "numpy":
+        return _numpy_state(np.random.RandomState(seed % 2**32).get_state(legacy=True))
+    on_device = generator != "torch" and torch.cuda.is_available()
+    device = generator if generator.startswith("cuda:") else "cuda" if on_device else "cpu"
+    return _torch_bytes(torch.Generator(device).manual_seed(seed).get_state())
+
+
 def compatibility(recorded: Mapping[str, Any], trackers: Mapping[str, Tracker]) -> list[Problem]:
     """Generators that are recorded but not live, or live but not recorded."""
     live = {"python", "numpy", "torch", *(f"engine:{name}" for name in trackers)}
@@ -88,6 +102,11 @@ def compatibility(recorded: Mapping[str, Any], trackers: Mapping[str, Tracker]) 
     problems += [
         Problem("rng", name, "recorded, but this rank has no such generator", "resume with the devices of the save")
         for name in sorted(set(recorded) - live)
+    ]
+    problems += [
+        Problem("rng", name, "recorded on another kind of device", "resume with the devices of the save")
+        for name, (get, _) in sorted(trackers.items())
+        if f"engine:{name}" in recorded and len(recorded[f"engine:{name}"]) != len(get())
     ]
     if not problems and recorded.get("current_device") != (
         torch.cuda.current_device() if torch.cuda.is_available() else None

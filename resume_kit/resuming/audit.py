@@ -7,10 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from resume_kit.errors import Problem, ReplayMismatch
-from resume_kit.resuming.policy import agrees
+from resume_kit.policy.judgement import Judgement
+from resume_kit.policy.policy import agrees
 
 _EXACT = ("batch", "samples")
 _FLOATS = ("loss", "grad_norm", "lr")
+
+
+#: Parts of a run whose change makes a step come out otherwise, or of other samples.
+_MOVES_FIGURES = frozenset(
+    {"topology", "rng", "learning rate", "hyperparameters", "optimizer state", "dtype", "configuration"}
+)
+_MOVES_DATA = frozenset({"global batch", "data"})
+
+
+def compared_fields(judgement: Judgement | None) -> tuple[str, ...]:
+    """What a step that is trained again can be held against, after what the policy let differ."""
+    parts = {change.part for change in judgement.changes} if judgement is not None else set()
+    if parts & _MOVES_DATA:
+        return ()
+    return _EXACT if parts & _MOVES_FIGURES else (*_EXACT, *_FLOATS)
 
 
 @dataclass
@@ -20,6 +36,7 @@ class ReplayAudit:
     recorded: Mapping[int, Mapping[str, Any]]
     tolerance: str
     stop: bool
+    fields: tuple[str, ...] = (*_EXACT, *_FLOATS)
     checked: int = 0
 
     def compare(self, event: Mapping[str, Any]) -> list[Problem]:
@@ -35,7 +52,7 @@ class ReplayAudit:
         data = [
             Problem("replay", where, f"{name} was {before[name]}, now {event[name]}", "check the data and its position")
             for name in _EXACT
-            if before[name] != event[name]
+            if name in self.fields and before[name] != event[name]
         ]
         floats = [
             Problem(
@@ -45,7 +62,7 @@ class ReplayAudit:
                 "the run is not deterministic or the resume is wrong; see `tolerance` and `replay` of the policy",
             )
             for name in _FLOATS
-            if not self._same(event[name], before[name])
+            if name in self.fields and not self._same(event[name], before[name])
         ]
         if data or (floats and self.stop):
             raise ReplayMismatch(f"{where}, trained again, is not the step of the journal", [*data, *floats])

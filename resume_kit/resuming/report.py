@@ -26,7 +26,10 @@ class Check:
 
 @dataclass
 class Report:
-    """Grows as the resume goes on. `seconds` is wall time by stage on the reporting rank."""
+    """Grows as the resume goes on. `seconds` is wall time by stage on the reporting rank.
+
+    `changes` are the differences that the policy allowed, `change_table` the same for people; `read` counts bytes.
+    """
 
     run: str
     attempt: int
@@ -36,6 +39,9 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    change_table: str = ""
+    read: dict[str, Any] = field(default_factory=dict)
 
     def passed(self, stage: str, name: str, figure: str) -> None:
         self.checks.append(Check(stage, name, "pass", figure))
@@ -60,7 +66,8 @@ class Report:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The report as plain values; the table says what `changes` says, so it is left out."""
+        return {key: value for key, value in asdict(self).items() if key != "change_table"}
 
     def render(self) -> str:
         """The report as text for a console, one line a check."""
@@ -68,6 +75,8 @@ class Report:
         for rejected in self.rejected:
             lines.append(f"  ✗ {rejected['checkpoint']} is damaged and was left aside:")
             lines += [f"      {p['where']}: {p['what']}" for p in rejected["problems"]]
+        if self.change_table:
+            lines += ["  what the policy lets differ", *(f"    {line}" for line in self.change_table.splitlines())]
         stage = ""
         for check in self.checks:
             if check.stage != stage:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,21 @@ from resume_kit.engines import rng
 from resume_kit.engines.adapter import Forward, GateResult
 from resume_kit.engines.choose import adapter_for
 from resume_kit.engines.coordination import Coordinator
-from resume_kit.engines.forward import causal_lm_loss, to_device
+from resume_kit.engines.description import from_plain, to_plain, united
+from resume_kit.engines.forward import to_device
 from resume_kit.environment import software_versions
 from resume_kit.errors import InconsistentState, Problem, ResumeKitError, ResumeRefused, SaveFailed, UsageError
-from resume_kit.resuming.audit import ReplayAudit
-from resume_kit.resuming.policy import Policy
+from resume_kit.policy.judgement import Judgement
+from resume_kit.policy.policy import Policy
+from resume_kit.resuming.audit import ReplayAudit, compared_fields
 from resume_kit.resuming.preflight import LiveRun
 from resume_kit.resuming.report import Report
 from resume_kit.resuming.resume import Resumer, Resumption, choose_tolerance
+from resume_kit.resuming.streams import Carried
 from resume_kit.run.agreement import one_run, require_finite
 from resume_kit.run.attempt import Attempt
 from resume_kit.run.journal import last_commit, steps_after, unreadable_lines
+from resume_kit.run.kept import KeptState
 from resume_kit.run.protocols import ResumableData, Stateful
 from resume_kit.run.retention import Retention, prune, set_aside
 from resume_kit.saving.save import Commit, SaveRequest, save
@@ -36,12 +39,13 @@ from resume_kit.saving.staging import Arena
 class ResumeKit:
     """Saves on a schedule, resumes with proof, journals every step. Make it before any training, on every rank.
 
-    engine: what `deepspeed.initialize` returned.
+    engine: what `deepspeed.initialize` returned, or a `MegatronEngine`.
     data: the `ResumableLoader` that feeds the training loop.
     policy: what may differ on resume; the default is strict.
     run_dir: a directory that all ranks share.
     save_every: optimizer steps between saves; None leaves saving to `save()`.
-    forward: `forward(module, batch) -> loss` for the gate; the default suits transformers models.
+    forward: `forward(module, batch) -> loss` for the gate; the default suits transformers models with DeepSpeed and
+        GPT models with Megatron, where stages before the last return their hidden state.
     config: the run's own configuration, pinned and compared on resume. Plain values.
     state: further objects with state_dict/load_state_dict of plain values, alike on all ranks. They come back as
         plain Python values with sorted keys.
@@ -62,7 +66,7 @@ class ResumeKit:
         run_dir: str | Path,
         save_every: int | None = None,
         retention: Retention | None = None,
-        forward: Forward = causal_lm_loss,
+        forward: Forward | None = None,
         config: Mapping[str, Any] | None = None,
         state: Mapping[str, Stateful] | None = None,
         timeout: float = 600.0,
@@ -77,10 +81,13 @@ class ResumeKit:
         self._data = data
         self._save_every = save_every
         self._retention = retention or Retention()
-        self._forward = forward
+        self._forward = forward or self._adapter.default_forward
         self._user_state = dict(state or {})
         self._show = show
         self._description = self._adapter.describe()
+        if self._description.partial:
+            part = to_plain(self._description)
+            self._description = from_plain(self._coordinator.round("describe the model", lambda: part, united))
         self._versions = software_versions()
         self._pinned = {
             **self._description.pinned,
@@ -101,8 +108,11 @@ class ResumeKit:
         )
         self._audit: ReplayAudit | None = None
         self._unchecked_rng = False
+        self._carried: tuple[Carried, ...] = ()
         self._losses: list[torch.Tensor] = []
         self._position = data.position
+        self._kept = KeptState()
+        self._adapter.before_update(self._kept.scale_rates)
 
     @property
     def run_dir(self) -> Path:
@@ -136,6 +146,7 @@ class ResumeKit:
             gate=self._run_gate if self.policy.gate else None,
             restore_run=self._restore_run,
             data_position=lambda: self._data.position,
+            seed=int(self._fingerprint.get("seed", 0)),
             at=at,
         )
         try:
@@ -150,36 +161,43 @@ class ResumeKit:
                 self._show(report.render())
             raise
         step = resumption.manifest.step if resumption else 0
-        tolerance, _ = choose_tolerance(self.policy, self._adapter.device)
+        judgement = resumption.judgement if resumption else None
+        tolerance, _ = choose_tolerance(self.policy, self._adapter.device, judgement)
+        compared = compared_fields(judgement)
         recorded, unreadable = self._coordinator.on_rank_zero(
-            "journal", lambda: (_step_items(self.run_dir, step), unreadable_lines(self.run_dir))
+            "journal", lambda: (_step_items(self.run_dir, step) if compared else [], unreadable_lines(self.run_dir))
         )
-        report.passed("replay audit", "steps to compare", f"{len(recorded)}, tolerance {tolerance}")
+        what = f"tolerance {tolerance}" if "loss" in compared else f"{', '.join(compared) or 'nothing'} only"
+        report.passed("replay audit", "steps to compare", f"{len(recorded)}, {what}")
         if unreadable:
             report.warned("replay audit", "journal", f"{unreadable} lines cannot be read; their steps are not compared")
         if resumption is not None:
             self._go_on_from(resumption, report)
         self._position = self._data.position
         self._audit = ReplayAudit(
-            {int(event["step"]): event for event in recorded}, tolerance, self.policy.replay == "stop"
+            {int(event["step"]): event for event in recorded}, tolerance, self.policy.replay == "stop", compared
         )
         if self._coordinator.rank == 0:
             self._show(report.render())
         return step
 
-    def step(self, loss: torch.Tensor | float) -> dict[str, Any] | None:
+    def step(self, loss: torch.Tensor | float | None) -> dict[str, Any] | None:
         """Tell the kit the loss of a micro-batch, after `engine.step()`. Collective.
 
+        With Megatron: the mean over the step's micro-batches, once a step; None on ranks that have no loss.
         Returns None inside an accumulation, else the journaled record of the optimizer step: step, loss (mean over
         micro-batches and ranks), grad_norm, lr, samples, batch. Saves when the schedule says so.
         """
         if self._audit is None:
             raise UsageError("call resume() before the first step(); it returns 0 for a new run")
-        self._losses.append(torch.as_tensor(loss).detach().to(torch.float64))
+        if loss is not None:
+            self._losses.append(torch.as_tensor(loss).detach().to(torch.float64))
         if not self._adapter.at_step_boundary:
             return None
         if self._unchecked_rng:
             raise UsageError("the first batch did not come from an iterator of the kit's data made after resume()")
+        self._carried = ()
+        self._kept.reached(self._adapter.step)
         record = self._record_of_step()
         warnings = self._audited(record)
         self._attempt.record_step(record)
@@ -196,6 +214,7 @@ class ResumeKit:
             raise UsageError("call resume() before save()")
         step = self._adapter.step
         self._attempt.record("save", {"step": step})
+        self._adapter.settle()
         gate = self._run_gate() if self.policy.gate else None
         self._coordinator.round("save: gate", lambda: require_finite(gate), lambda _: None)
         request = SaveRequest(
@@ -204,7 +223,13 @@ class ResumeKit:
             attempt=self.attempt,
             step=step,
             description=self._description,
-            state={**self._adapter.state(), "user": {name: s.state_dict() for name, s in self._user_state.items()}},
+            state={
+                **self._adapter.state(),
+                **self._kept.to_plain(),
+                "user": {name: s.state_dict() for name, s in self._user_state.items()},
+            },
+            updates=self._adapter.updates - self._kept.moments_since,
+            carried=self._carried,
             data={
                 **self._data_now(),
                 "position": self._data.position,
@@ -227,9 +252,12 @@ class ResumeKit:
         self._attempt.record(
             "end", {"step": self._adapter.step, "samples": self._data.position, "steps_replayed": replayed}
         )
+        self._coordinator.depart()
 
     def _go_on_from(self, resumption: Resumption, report: Report) -> None:
         manifest = resumption.manifest
+        self._kept.restore(resumption.state, manifest.step)
+        self._carried = resumption.carried
         aside = self._coordinator.on_rank_zero(
             "set aside", lambda: set_aside(self.run_dir, after=manifest.step, attempt=self.attempt)
         )
@@ -287,7 +315,7 @@ class ResumeKit:
             "step": self._adapter.step,
             "loss": loss,
             "grad_norm": self._adapter.grad_norm,
-            "lr": self._adapter.learning_rate,
+            "lr": self._adapter.learning_rate * self._kept.factor(self._adapter.step),
             "samples": self._position,
             "batch": self._data.batch_digest(start),
         }
@@ -298,26 +326,34 @@ class ResumeKit:
         The step and data position travel along: ranks that disagree on either raise `InconsistentState` at once.
         So does word of a journal that could not be written, which all ranks raise as `SaveFailed`.
         """
-        loss = torch.stack([loss.to(self._adapter.device) for loss in self._losses]).mean()
+        counts = float(self._adapter.reports_loss and bool(self._losses))
+        losses = [loss.to(self._adapter.device) for loss in self._losses] or [
+            torch.zeros((), dtype=torch.float64, device=self._adapter.device)
+        ]
+        loss = torch.stack(losses).mean()
         self._losses.clear()
         if not dist.is_initialized():
             if failure := self._attempt.take_failure():
                 raise failure
             return float(loss)
         failed = float(self._attempt.failure is not None)
-        mine = torch.stack([loss, *(loss.new_tensor(v) for v in (self._adapter.step, self._position, failed))])
+        figures = (self._adapter.step, self._position, failed, counts)
+        mine = torch.stack([loss, *(loss.new_tensor(value) for value in figures)])
         every = [torch.empty_like(mine) for _ in range(self._coordinator.world_size)]
         dist.all_gather(every, mine)
-        losses, steps, positions, failures = torch.stack(every).T.tolist()
+        values, steps, positions, failures, counted = torch.stack(every).T.tolist()
         if any(failures):
             raise self._attempt.take_failure() or SaveFailed("rank 0 cannot write the journal; see its error")
-        for what, values in (("step", steps), ("data position", positions)):
-            odd = [rank for rank, value in enumerate(values) if value != values[0]]
+        for what, found in (("step", steps), ("data position", positions)):
+            odd = [rank for rank, value in enumerate(found) if value != found[0]]
             if odd:
-                text = f"rank {odd[0]} is at {what} {values[odd[0]]:.0f}, rank 0 at {what} {values[0]:.0f}"
+                text = f"rank {odd[0]} is at {what} {found[odd[0]]:.0f}, rank 0 at {what} {found[0]:.0f}"
                 remedy = "resume from the last commit; find out which rank went astray"
                 raise InconsistentState("the ranks disagree", [Problem("agreement", what, text, remedy)])
-        return float(torch.tensor(losses, dtype=torch.float64).mean())
+        kept = [value for value, counts_ in zip(values, counted, strict=True) if counts_]
+        if not kept:
+            raise UsageError("no rank told the step's loss; give it to step() on the ranks of the last stage")
+        return float(torch.tensor(kept, dtype=torch.float64).mean())
 
     def _audited(self, record: Mapping[str, Any]) -> list[Problem]:
         assert self._audit is not None
@@ -332,17 +368,19 @@ class ResumeKit:
         batch = self._data.pinned_batch(self.GATE_SAMPLES)
         return self._adapter.run_gate(self._forward, to_device(batch, self._adapter.device))
 
-    def _restore_run(self, manifest: Manifest) -> None:
-        position = int(manifest.data["position"])
+    def _restore_run(self, manifest: Manifest, judgement: Judgement) -> None:
+        other_data = bool(judgement.changes_of("data"))
+        position = 0 if other_data and self.policy.data == "restart" else int(manifest.data["position"])
         self._data.seek(position)
         problems = []
-        found = self._data.position, self._data.batch_digest(self._data.position)
-        for what, live, saved in zip(
-            ("position", "next batch"), found, (position, manifest.data["next_batch"]), strict=True
-        ):
-            if live != saved:
+        found = {"position": self._data.position, "next batch": self._data.batch_digest(self._data.position)}
+        wanted = {"position": position, "next batch": manifest.data["next_batch"]}
+        if other_data or judgement.changes_of("global batch"):
+            del wanted["next batch"]  # another batch is what the policy asked for
+        for what, saved in wanted.items():
+            if found[what] != saved:
                 remedy = "the loader did not follow seek(); no step may be trained from it"
-                problems.append(Problem("data", what, f"after seek() it is {live}, saved {saved}", remedy))
+                problems.append(Problem("data", what, f"after seek() it is {found[what]}, saved {saved}", remedy))
         state: dict[str, Any] = canonical.decode(manifest.state)["user"]
         if set(state) != set(self._user_state):
             what = f"saved {sorted(state)}, live {sorted(self._user_state)}"
@@ -362,7 +400,7 @@ class ResumeKit:
             **self._pinned,
             "dataset": self._fingerprint,
             "global batch size": self._data.global_batch_size,
-            "policy": asdict(self.policy),
+            "policy": self.policy.to_mapping(),
             "save_every": self._save_every,
             "run_dir": run_dir,
             "state=": user,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from resume_kit.algebra import fingerprint
 from resume_kit.algebra.boxes import Box
@@ -20,15 +20,21 @@ from resume_kit.engines import rng
 from resume_kit.engines.adapter import EngineAdapter, LivePiece, ModelDescription, Replica
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.engines.fingerprint import as_unsigned, fingerprints
+from resume_kit.engines.totals import copies_of, guilty, totals
 from resume_kit.errors import InconsistentState, Problem, SaveFailed
 from resume_kit.integrity.assembly import assemble, require_state
+from resume_kit.planning.holders import holders_of
 from resume_kit.planning.reads import piece_bytes
 from resume_kit.saving.staging import Arena, cast_matches, stage
 
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """What a save writes besides the engine's tensors. `directory` is the run directory."""
+    """What a save writes besides the engine's tensors. `directory` is the run directory.
+
+    `updates` counts those that the optimizer's state must show; `carried` are this rank's share of RNG records of
+    other topologies.
+    """
 
     directory: Path
     run_id: str
@@ -39,6 +45,18 @@ class SaveRequest:
     data: Mapping[str, Any]
     pinned: Mapping[str, Any]
     gate: Mapping[str, Any] | None
+    updates: int
+    carried: Sequence[CarriedRecords] = ()
+
+
+class CarriedRecords(Protocol):
+    """RNG records of another topology: rank (as text) → record."""
+
+    @property
+    def topology(self) -> Mapping[str, Any]: ...
+
+    @property
+    def records(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,8 @@ def save(request: SaveRequest, adapter: EngineAdapter, coordinator: Coordinator,
     staging = request.directory / names.staging_directory(request.step, request.attempt)
     replicas = adapter.replicas()
     pieces = adapter.pieces()
+    owned = [piece for piece in pieces if piece.owned]
+    _require_equal_copies(pieces, adapter, coordinator)
     differing = coordinator.round(
         "save: agree",
         lambda: _account(request, adapter, pieces, replicas),
@@ -71,7 +91,7 @@ def save(request: SaveRequest, adapter: EngineAdapter, coordinator: Coordinator,
         result = coordinator.round(
             "save: commit",
             lambda: _write(
-                request, adapter, coordinator, [*pieces, *_shares(replicas, differing, coordinator)], arena, clock
+                request, adapter, coordinator, [*owned, *_shares(replicas, differing, coordinator)], arena, clock
             ),
             lambda written: _commit(request, adapter, written, staging, replicas, differing),
         )
@@ -101,8 +121,10 @@ def _account(
     """What the ranks compare before anything is written."""
     if not adapter.at_step_boundary:
         raise InconsistentState("a checkpoint can only be taken between optimizer steps; gradients are pending")
-    buffers = {r.spec for r in replicas if r.spec.key.kind == "buffer"}
-    strange = buffers.symmetric_difference(request.description.buffers)
+    specs = [*(piece.spec for piece in pieces), *(replica.spec for replica in replicas)]
+    buffers = {spec for spec in specs if spec.key.kind == "buffer"}
+    known = set(request.description.buffers)
+    strange = buffers - known if request.description.partial else buffers ^ known
     if strange:
         what = "registered, removed or reshaped after the kit was made"
         problems = [
@@ -115,7 +137,7 @@ def _account(
         "parts": {part: canonical.value_digest(value) for part, value in shared.items()},
         "step": request.step,
         "replicas": [[str(r.spec), fingerprint.to_hex(v)] for r, v in zip(replicas, values, strict=True)],
-        "bytes": piece_bytes((p.spec, p.box) for p in pieces)
+        "bytes": piece_bytes((p.spec, p.box) for p in pieces if p.owned)
         + piece_bytes((r.spec, Box.whole(r.spec.shape)) for r in replicas if r.restored),
     }
 
@@ -155,6 +177,46 @@ def _agree(accounts: list[dict[str, Any]], replicas: Sequence[Replica], director
     except OSError as error:
         raise files.write_failed(staging, error, 0) from error
     return differing
+
+
+def _require_equal_copies(pieces: Sequence[LivePiece], adapter: EngineAdapter, coordinator: Coordinator) -> None:
+    """Every further copy of a tensor equals what its owners hold. Collective.
+
+    Raises `InconsistentState` naming the ranks and boxes that drifted.
+    """
+    copied = sorted({str(p.spec.key) for p in pieces if p.copy})
+    every = coordinator.gather("save: copies", lambda: (copied, copies_of(pieces)))
+    names_ = sorted({name for copied, _ in every for name in copied})
+    keys = [TensorKey(*name.split("/", 1)) for name in names_]
+    if not keys:
+        return
+    known = set(keys)
+    looked = [p for p in pieces if p.copy is not None and p.spec.key in known]
+    values = fingerprints((p.data, p.spec.shape, p.box) for p in looked)
+    found = totals(looked, values, keys, max(count for _, count in every), adapter.device)
+    numel = dict(zip(keys, found.elements[0], strict=True))
+    odd = [(str(key), copy) for key, copy in found.odd_copies(found.owned, numel)]
+    if not odd:
+        return
+    wanted = {name for name, _ in odd}
+    rows = coordinator.gather(
+        "save: which copy",
+        lambda: [
+            (str(p.spec.key), str(p.box), p.copy, fingerprint.to_hex(value))
+            for p, value in zip(looked, as_unsigned(values), strict=True)
+            if str(p.spec.key) in wanted
+        ],
+    )
+    problems = [
+        Problem(
+            "replicas",
+            f"rank {rank}, {name} [{box}]",
+            f"rank {rank}'s copy is not the owners': the replicas have drifted apart",
+            "resume from the last commit; suspect that GPU",
+        )
+        for rank, name, box in guilty(rows, odd)
+    ]
+    raise InconsistentState("replicas have drifted apart; nothing was saved", problems)
 
 
 def _own_name(replica: Replica, rank: int) -> Replica:
@@ -212,6 +274,7 @@ def _write(
         pieces=staged.pieces,
         scalars=canonical.encode(adapter.scalars(), "optimizer scalars"),
         rng=rng.capture(adapter.rng_trackers()),
+        carried=tuple(dict(carried.records) for carried in request.carried),
     )
     raw = index.to_bytes()
     files.write_durably(staging / names.index_file(rank), raw)
@@ -260,7 +323,7 @@ def _commit(
             assembly.tensors,
             (spec.key.name for spec in description.weights),
             description.groups,
-            adapter.updates,
+            request.updates,
         ),
     ]
     if problems:
@@ -289,6 +352,8 @@ def _commit(
         pinned=canonical.encode(dict(request.pinned), "pinned"),
         gate=canonical.encode(request.gate, "gate"),
         requires=("cast-of-master",) if any(not entry.stored for entry in assembly.tensors) else (),
+        holders=holders_of(indices),
+        carried=tuple(dict(carried.topology) for carried in request.carried),
     )
     files.write_durably(staging / names.MANIFEST, manifest.to_bytes())
     final = request.directory / names.step_directory(request.step)

@@ -12,19 +12,25 @@ from resume_kit.checkpoint.records import TensorKey, TensorSpec
 from resume_kit.engines import rng
 from resume_kit.engines.adapter import Forward, GateResult, LivePiece, ModelDescription, Replica
 from resume_kit.engines.deepspeed import gate
-from resume_kit.engines.deepspeed.fragments import (
-    Partitioning,
-    dtype_name,
-    flat_pieces,
-    join_scalar,
-    split_state,
-    weight_spec,
-)
+from resume_kit.engines.deepspeed.fragments import Partitioning
 from resume_kit.engines.deepspeed.support import require_supported, training_config
 from resume_kit.engines.deepspeed.zero3 import Zero3Partitioning
 from resume_kit.engines.deepspeed.zero12 import Zero12Partitioning
+from resume_kit.engines.forward import causal_lm_loss
+from resume_kit.engines.pieces import (
+    dtype_name,
+    flat_pieces,
+    hook_updates,
+    hyperparameters,
+    make_room,
+    set_hyperparameters,
+    split_state,
+    weight_spec,
+)
+from resume_kit.engines.schedules import advance_torch_schedule
 
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+#: `micro_steps` is not among them: between steps it is a multiple of the accumulation, which may change.
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 class DeepSpeedAdapter:
@@ -66,6 +72,14 @@ class DeepSpeedAdapter:
         return bool(self._engine.micro_steps % self._engine.gradient_accumulation_steps() == 0)
 
     @property
+    def reports_loss(self) -> bool:
+        return True
+
+    @property
+    def default_forward(self) -> Forward:
+        return causal_lm_loss
+
+    @property
     def learning_rate(self) -> float:
         return float(self._layout.base.param_groups[0]["lr"])
 
@@ -91,7 +105,7 @@ class DeepSpeedAdapter:
             buffers=tuple(replica.spec for replica in self._buffers()),
             aliases=self._aliases(),
             groups=tuple(
-                {"members": names, **self._hyperparameters(group)}
+                {"members": names, **hyperparameters(group)}
                 for names, group in zip(members, self._layout.base.param_groups, strict=True)
             ),
             pinned={
@@ -102,6 +116,9 @@ class DeepSpeedAdapter:
                 "deepspeed": training_config(self._engine),
             },
         )
+
+    def settle(self) -> None:
+        """Nothing is pending between two steps."""
 
     def pieces(self) -> list[LivePiece]:
         pieces: list[LivePiece] = []
@@ -129,7 +146,7 @@ class DeepSpeedAdapter:
     def state(self) -> dict[str, Any]:
         scheduler = self._engine.lr_scheduler
         return {
-            "groups": [self._hyperparameters(group) for group in self._layout.base.param_groups],
+            "groups": [hyperparameters(group) for group in self._layout.base.param_groups],
             "counters": {name: int(getattr(self._engine, name)) for name in _COUNTERS},
             "scheduler": None
             if scheduler is None
@@ -144,30 +161,20 @@ class DeepSpeedAdapter:
             inside.setdefault(id(fragment.flat), []).append(fragment.name)
         for group, flat in self._layout.flats():
             name = inside.get(id(flat), members[group])[0]
-            state = self._layout.base.state[flat]
-            wanted_kinds, wanted_scalars = kinds.get(name, {}), scalars.get(name, {})
-            for key in set(state) - set(wanted_kinds) - set(wanted_scalars):
-                del state[key]
-            for kind, dtype in wanted_kinds.items():
-                wanted = getattr(torch, dtype)
-                live = state.get(kind)
-                if not isinstance(live, torch.Tensor) or live.shape != flat.shape or live.dtype != wanted:
-                    state[kind] = torch.zeros_like(flat, dtype=wanted, requires_grad=False)
-            for key, record in wanted_scalars.items():
-                state[key] = join_scalar(record, flat)
+            make_room(self._layout.base.state[flat], flat, kinds.get(name, {}), scalars.get(name, {}))
 
     def publish(self) -> None:
         self._layout.publish()
 
+    def advance_schedule(self, saved: Mapping[str, Any], offset: int) -> None:
+        advance_torch_schedule(self._engine.lr_scheduler, saved["scheduler"], offset)
+
     def load_state(self, state: Mapping[str, Any]) -> None:
         for group, saved in zip(self._layout.base.param_groups, state["groups"], strict=True):
-            for key, value in saved.items():
-                if isinstance(group.get(key), torch.Tensor):
-                    group[key].fill_(value)
-                else:
-                    group[key] = value
+            set_hyperparameters(group, saved)
         for name, value in state["counters"].items():
             setattr(self._engine, name, value)
+        self._engine.micro_steps = self._engine.global_steps * self._engine.gradient_accumulation_steps()
         if self._engine.lr_scheduler is not None:
             self._engine.lr_scheduler.load_state_dict(state["scheduler"]["state"])
         for name, value in (state["scaler"] or {}).items():
@@ -185,6 +192,16 @@ class DeepSpeedAdapter:
             return lambda data: tracker.states_.__setitem__(name, torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
         return {name: (getter(name), setter(name)) for name in sorted(tracker.get_states())}
+
+    def rng_stream(self, generator: str) -> str:
+        return f"rank {torch.distributed.get_rank()}"
+
+    def rank_of_stream(self, generator: str, topology: Mapping[str, Any]) -> int | None:
+        rank = torch.distributed.get_rank()
+        return rank if rank < topology["world_size"] else None
+
+    def before_update(self, hook: Callable[[list[dict[str, Any]]], Callable[[], None]]) -> None:
+        hook_updates([self._layout.base], hook)
 
     def run_gate(self, forward: Forward, batch: Any) -> GateResult:
         result = gate.forward_backward(self._module, forward, batch, self.rng_trackers())
@@ -208,12 +225,6 @@ class DeepSpeedAdapter:
 
     def _optimizer_state(self, flat: torch.Tensor, owner: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return split_state(flat, self._layout.base.state.get(flat, {}), owner)
-
-    @staticmethod
-    def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-        plain = canonical.encode({key: value for key, value in group.items() if key != "params"}, "param group")
-        decoded: dict[str, Any] = canonical.decode(plain)
-        return decoded
 
     def _scaler(self) -> dict[str, Any] | None:
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from resume_kit.engines.adapter import LivePiece, Replica
-from resume_kit.engines.deepspeed.fragments import Fragment, weight_spec
+from resume_kit.engines.deepspeed.fragments import Fragment
+from resume_kit.engines.pieces import weight_spec
 
 
 class Zero12Partitioning:

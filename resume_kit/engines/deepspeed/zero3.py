@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from resume_kit.engines.adapter import LivePiece, Replica
-from resume_kit.engines.deepspeed.fragments import Fragment, flat_pieces, weight_spec
+from resume_kit.engines.deepspeed.fragments import Fragment
+from resume_kit.engines.pieces import flat_pieces, weight_spec
 
 
 class Zero3Partitioning:
