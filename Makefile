@@ -7,8 +7,9 @@ SHELL := bash
 VENV ?= .venv
 # Another torch, a CUDA build say: make TORCH='torch==2.13.0+cu130' venv
 TORCH ?= torch==2.13.0
-EXTRAS := deepspeed,plots,dev
+EXTRAS := deepspeed,megatron,plots,dev
 STAMP := $(VENV)/.ready
+OUT ?= runs/matrix
 
 # `make demo PY=python3` uses a Python that has everything already, and makes no environment.
 ifeq ($(origin PY),command line)
@@ -20,7 +21,7 @@ endif
 
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
 
-.PHONY: help venv demo test soak lint format clean
+.PHONY: help venv demo test soak matrix lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' \
@@ -36,6 +37,9 @@ test: lint ## lint, then all tests but the long ones of `make soak`
 
 soak: $(READY) ## the long tests: 24 SIGKILLs over ZeRO 1, 2, 3 on 2 and 4 ranks (about seven minutes)
 	@$(PY) -m pytest -m slow -s
+
+matrix: $(READY) ## there, back and on between all topologies of the matrix (about ten minutes); OUT=... takes the results
+	@$(PY) -m benchmarks.topologies --out $(OUT)
 
 lint: $(READY) ## ruff (rules and format) and mypy
 	@$(PY) -m ruff check .
@@ -53,7 +57,7 @@ clean: ## remove caches and build products; environment and runs stay
 # torch goes first, so that what builds against it finds it, and the build that pip is configured for is taken.
 $(STAMP): pyproject.toml constraints.txt
 	@python=; \
-	for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	for name in python3 python3.13 python3.12 python3.11 python3.14; do \
 		if "$$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			python="$$name"; break; \
 		fi; \
@@ -67,7 +71,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@{ grep -v '^torch==' constraints.txt; echo '$(TORCH)'; } > "$(VENV)/constraints.txt"
 	@echo "Installing $(TORCH) (about a minute, more where it must come over a slow network) ..."
 	@$(PIP) -c "$(VENV)/constraints.txt" '$(TORCH)'
-	@echo "Installing DeepSpeed, transformers and the tools (about two minutes) ..."
+	@echo "Installing DeepSpeed, Megatron-core, transformers and the tools (about two minutes) ..."
 	@$(PIP) -c "$(VENV)/constraints.txt" -e '.[$(EXTRAS)]'
 	@touch "$@"
 	@echo "The environment is ready."

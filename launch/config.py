@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from resume_kit.errors import UsageError
-from resume_kit.resuming.policy import Policy
+from resume_kit.errors import Problem, UsageError
+from resume_kit.policy.policy import Policy
 
 
 @dataclass
@@ -41,17 +41,27 @@ class DataConfig:
 
 
 @dataclass
-class TrainConfig:
-    """`model` and `deepspeed` go to transformers and DeepSpeed as they are."""
+class SharedConfig:
+    """What every training entry has. `policy` holds the fields of the kit's policy, a preset's name among them."""
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 1234
     micro_batch_size: int = 4
+    policy: dict[str, Any] = field(default_factory=dict)
+
+    def problems(self) -> list[Problem]:
+        """All values that cannot be meant."""
+        return at_least(1, {"run.steps": self.run.steps, "micro_batch_size": self.micro_batch_size})
+
+
+@dataclass
+class TrainConfig(SharedConfig):
+    """`model` and `deepspeed` go to transformers and DeepSpeed as they are."""
+
     gradient_accumulation_steps: int = 1
     model: dict[str, Any] = field(default_factory=dict)
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    policy: dict[str, Any] = field(default_factory=dict)
 
     def pinned(self) -> dict[str, Any]:
         """What a checkpoint pins: all that shapes training. Where the data lies does not; its content does."""
@@ -64,6 +74,18 @@ class TrainConfig:
         }
 
 
+ConfigT = TypeVar("ConfigT", bound=SharedConfig)
+
+
+def at_least(smallest: int, values: Mapping[str, int | None]) -> list[Problem]:
+    """A problem for each named value that is given and too small."""
+    return [
+        Problem("configuration", "", f"{name} is {value}; it must be at least {smallest}")
+        for name, value in values.items()
+        if value is not None and value < smallest
+    ]
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number, as YAML 1.2 has it; YAML 1.1 reads a word."""
 
@@ -74,17 +96,27 @@ _Loader.add_implicit_resolver(
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """A DeepSpeed run's configuration from the command line, see `parse_as`."""
+    return parse_as(TrainConfig, arguments)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A DeepSpeed run's configuration from a file, see `load_as`."""
+    return load_as(TrainConfig, path, overrides)
+
+
+def parse_as(kind: type[ConfigT], arguments: Sequence[str] | None = None) -> ConfigT:
     """The configuration from `--config FILE` and any number of `--set key=value`. Raises `UsageError`."""
     parser = argparse.ArgumentParser(description="Train a causal LM; start and resume are the same command.")
     parser.add_argument("--config", required=True, type=Path, help="YAML file, see configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. run.steps=200")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     options = parser.parse_args(arguments)
-    return load(options.config, options.set)
+    return load_as(kind, options.config, options.set)
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file and apply `key=value` overrides, values in YAML."""
+def load_as(kind: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read a YAML file and apply `key=value` overrides, values in YAML. Raises `UsageError`."""
     try:
         content = yaml.load(path.read_text(), _Loader) or {}
     except OSError as error:
@@ -107,12 +139,17 @@ def load(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
             place[last] = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise UsageError(f"--set {override}: not valid YAML: {error}") from error
-    config = _build(TrainConfig, content, "")
-    assert isinstance(config, TrainConfig)
+    config = build(kind, content)
     Policy.from_mapping(config.policy)
-    for name, value in (("run.steps", config.run.steps), ("micro_batch_size", config.micro_batch_size)):
-        if value < 1:
-            raise UsageError(f"{name} is {value}; it must be at least 1")
+    if problems := config.problems():
+        raise UsageError(f"{path} cannot be trained", problems)
+    return config
+
+
+def build(kind: type[ConfigT], content: Mapping[str, Any]) -> ConfigT:
+    """A configuration from nested mappings; an unknown key or a value of another type is a `UsageError`."""
+    config = _build(kind, content, "")
+    assert isinstance(config, kind)
     return config
 
 
@@ -136,7 +173,12 @@ def _build(cls: type, content: Mapping[str, Any], path: str) -> Any:
 
 
 def _converted(value: Any, hint: Any, where: str) -> Any:
-    allowed = get_args(hint) if get_origin(hint) is not dict and get_args(hint) else (get_origin(hint) or hint,)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise UsageError(f"{where} is {value!r}; choose one of {', '.join(map(str, get_args(hint)))}")
+        return value
+    origin = get_origin(hint)
+    allowed = (origin,) if origin in (dict, list) else get_args(hint) or (hint,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if (isinstance(value, bool) and bool not in allowed) or not isinstance(value, allowed):

@@ -11,7 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Job:
-    """A small training job. `faults` are applied on purpose, by name, see `tests/faults.py`."""
+    """A small training job. `buffers` adds some, one of them another on every rank.
+
+    `faults` are applied on purpose, by name, see `tests/faults.py`.
+    """
 
     run_dir: str
     stage: int = 3
@@ -26,6 +29,7 @@ class Job:
     groups: int = 1
     frozen: bool = False
     offload: bool = False
+    buffers: bool = True
     client_optimizer: str = ""
     scheduler: str = ""
     lr: float = 3e-3
@@ -89,9 +93,10 @@ def build(rank: int, world_size: int, job: Job) -> tuple[Any, Any]:
     model = GPT2LMHeadModel(
         GPT2Config(**{**shape, **drop, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False, **job.model})
     )
-    model.register_buffer("running", torch.zeros(3))
-    model.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-    model.register_buffer("turned", torch.arange(6.0).view(2, 3).T)
+    if job.buffers:
+        model.register_buffer("running", torch.zeros(3))
+        model.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        model.register_buffer("turned", torch.arange(6.0).view(2, 3).T)
     if job.frozen:
         model.transformer.wpe.weight.requires_grad_(False)
         model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
@@ -181,8 +186,9 @@ def train(rank: int, world_size: int, options: dict[str, Any], faults: list[str]
     batches = hold.batches or iter(loader)
     while step < job.steps:
         batch = next(batches)
-        engine.module.running += 0.5 * (rank + 1)
-        engine.module.seen += 1
+        if job.buffers:
+            engine.module.running += 0.5 * (rank + 1)
+            engine.module.seen += 1
         loss = engine(**batch).loss
         engine.backward(loss)
         engine.step()
