@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="where the runs lie; their checkpoints are deleted")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--entry", default="launch/train_zero3.py", help="the training entry to launch")
     options = parser.parse_args()
 
     reference, resumed = options.work / "reference", options.work / "resumed"
@@ -68,7 +69,7 @@ def main() -> int:
 def launch(options: argparse.Namespace, settings: list[str]) -> float:
     """Run the training entry once under torchrun; seconds of wall time."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
-    command += [str(ROOT / "launch" / "train_zero3.py"), "--config", options.config]
+    command += [str(ROOT / options.entry), "--config", options.config]
     for setting in settings:
         command += ["--set", setting]
     start = time.perf_counter()
