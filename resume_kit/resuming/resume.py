@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from resume_kit.checkpoint import canonical, names
 from resume_kit.checkpoint.index import RankIndex
@@ -20,8 +17,9 @@ from resume_kit.engines.coordination import Coordinator
 from resume_kit.errors import CheckpointDamaged, Problem, ResumeRefused, UsageError
 from resume_kit.planning.holders import format_ranks
 from resume_kit.policy.judgement import Judgement, changes_table
-from resume_kit.policy.policy import Policy, agrees
+from resume_kit.policy.policy import Policy
 from resume_kit.resuming import load, prove
+from resume_kit.resuming.gating import choose_tolerance, gate_problems, ranks_agree
 from resume_kit.resuming.preflight import (
     LiveRun,
     ReadOrder,
@@ -38,18 +36,6 @@ from resume_kit.resuming.wanted import plain_key
 
 #: Checks whose refusal means that this rank cannot even tell what it would read.
 _FOREIGN = frozenset({"topology", "tensors"})
-
-#: Entries of a topology that change how one sample's forward is computed.
-_SPLITTING = frozenset(
-    {
-        "tensor_parallel",
-        "pipeline_parallel",
-        "virtual_pipeline",
-        "expert_parallel",
-        "expert_tensor_parallel",
-        "sequence_parallel",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -301,7 +287,7 @@ class Resumer:
             self._coordinator.round(
                 "gate", lambda: _refuse_if(problems, "the forward/backward is not as recorded"), _nothing
             )
-            self._coordinator.round("gate: alike", lambda: found, _alike(tolerance))
+            self._coordinator.round("gate: alike", lambda: found, ranks_agree(tolerance))
         if other_data:
             report.warned("gate", "loss", f"{result.loss!r}: finite, but not to compare, the data is another version")
         elif differing:
@@ -355,22 +341,6 @@ def _reader(directory: Path, manifest: Manifest, order: ReadOrder) -> Callable[[
     return read
 
 
-def gate_problems(
-    found: Mapping[str, float], expected: Mapping[str, float] | None, tolerance: str, reason: str
-) -> list[Problem]:
-    """Figures of the gate that are not finite, or not as recorded. No record: other data, nothing to compare."""
-    problems = []
-    for name, value in found.items():
-        if expected is None:
-            if not math.isfinite(value):
-                problems.append(Problem("gate", name, f"{value!r}: not finite", "do not train on from this state"))
-        elif not (value == value and agrees(value, expected[name], tolerance)):
-            what = f"{value!r}, at the save {expected[name]!r} (tolerance {tolerance}: {reason})"
-            remedy = "the state is as saved, so the computation differs: model code, attention, kernels or flags"
-            problems.append(Problem("gate", name, what, remedy))
-    return problems
-
-
 def read_manifest_alike(directory: Path, coordinator: Coordinator) -> Manifest:
     """The manifest, read by every rank; all must see the same bytes and the same place."""
     mine: list[Manifest] = []
@@ -381,39 +351,6 @@ def read_manifest_alike(directory: Path, coordinator: Coordinator) -> Manifest:
 
     coordinator.round("manifest", local, prove.all_agree("the manifest (is the run directory shared by all hosts?)"))
     return mine[0]
-
-
-def choose_tolerance(policy: Policy, device: torch.device, judgement: Judgement | None = None) -> tuple[str, str]:
-    """(name of the tolerance, why): `auto` is exact where the hardware repeats itself bit for bit.
-
-    Where Megatron's ranks split the computation another way, or weights are cast anew, sums are rounded otherwise.
-    """
-    if policy.tolerance != "auto":
-        return policy.tolerance, "set by the policy"
-    changes = judgement.changes if judgement is not None else ()
-    if any(change.part == "dtype" for change in changes):
-        return "relaxed", "weights are in another dtype"
-    if any(change.part == "topology" and change.path in _SPLITTING for change in changes):
-        return "relaxed", "the computation is split another way"
-    if device.type == "cpu":
-        return "exact", "on CPUs"
-    if torch.are_deterministic_algorithms_enabled():
-        return "exact", "deterministic mode"
-    return "standard", "deterministic algorithms are off"
-
-
-def _alike(tolerance: str) -> Callable[[list[dict[str, float]]], None]:
-    def combine(found: list[dict[str, float]]) -> None:
-        for rank, values in enumerate(found):
-            for name, value in values.items():
-                if not agrees(value, found[0][name], tolerance):
-                    what = f"{name} {value!r}, on rank 0 {found[0][name]!r}, for the same batch and seed"
-                    raise ResumeRefused(
-                        "the ranks compute different things",
-                        [Problem("gate", f"rank {rank}", what, "a rank runs other code, flags or hardware")],
-                    )
-
-    return combine
 
 
 def _nothing(_: list[Any]) -> None:

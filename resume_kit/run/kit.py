@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from resume_kit.checkpoint import canonical
 from resume_kit.checkpoint.manifest import Manifest
@@ -18,16 +17,18 @@ from resume_kit.engines.coordination import Coordinator
 from resume_kit.engines.description import from_plain, to_plain, united
 from resume_kit.engines.forward import to_device
 from resume_kit.environment import software_versions
-from resume_kit.errors import InconsistentState, Problem, ResumeKitError, ResumeRefused, SaveFailed, UsageError
+from resume_kit.errors import Problem, ResumeKitError, ResumeRefused, UsageError
 from resume_kit.policy.judgement import Judgement
 from resume_kit.policy.policy import Policy
 from resume_kit.resuming.audit import ReplayAudit, compared_fields
+from resume_kit.resuming.gating import choose_tolerance
 from resume_kit.resuming.preflight import LiveRun
 from resume_kit.resuming.report import Report
-from resume_kit.resuming.resume import Resumer, Resumption, choose_tolerance
+from resume_kit.resuming.resume import Resumer, Resumption
 from resume_kit.resuming.streams import Carried
 from resume_kit.run.agreement import one_run, require_finite
 from resume_kit.run.attempt import Attempt
+from resume_kit.run.figures import mean_loss
 from resume_kit.run.journal import last_commit, steps_after, unreadable_lines
 from resume_kit.run.kept import KeptState
 from resume_kit.run.protocols import ResumableData, Stateful
@@ -298,7 +299,7 @@ class ResumeKit:
     def _record_of_step(self) -> dict[str, Any]:
         start, size = self._position, self._data.global_batch_size
         self._position = self._data.position
-        loss = self._mean_loss()
+        loss = mean_loss(self._losses, self._adapter, self._position, self._attempt)
         if self._position != start + size:
             raise ResumeRefused(
                 f"step {self._adapter.step} consumed {self._position - start} samples of the kit's data, not {size}",
@@ -319,41 +320,6 @@ class ResumeKit:
             "samples": self._position,
             "batch": self._data.batch_digest(start),
         }
-
-    def _mean_loss(self) -> float:
-        """Mean over micro-batches, then over ranks in rank order, in double precision.
-
-        The step and data position travel along: ranks that disagree on either raise `InconsistentState` at once.
-        So does word of a journal that could not be written, which all ranks raise as `SaveFailed`.
-        """
-        counts = float(self._adapter.reports_loss and bool(self._losses))
-        losses = [loss.to(self._adapter.device) for loss in self._losses] or [
-            torch.zeros((), dtype=torch.float64, device=self._adapter.device)
-        ]
-        loss = torch.stack(losses).mean()
-        self._losses.clear()
-        if not dist.is_initialized():
-            if failure := self._attempt.take_failure():
-                raise failure
-            return float(loss)
-        failed = float(self._attempt.failure is not None)
-        figures = (self._adapter.step, self._position, failed, counts)
-        mine = torch.stack([loss, *(loss.new_tensor(value) for value in figures)])
-        every = [torch.empty_like(mine) for _ in range(self._coordinator.world_size)]
-        dist.all_gather(every, mine)
-        values, steps, positions, failures, counted = torch.stack(every).T.tolist()
-        if any(failures):
-            raise self._attempt.take_failure() or SaveFailed("rank 0 cannot write the journal; see its error")
-        for what, found in (("step", steps), ("data position", positions)):
-            odd = [rank for rank, value in enumerate(found) if value != found[0]]
-            if odd:
-                text = f"rank {odd[0]} is at {what} {found[odd[0]]:.0f}, rank 0 at {what} {found[0]:.0f}"
-                remedy = "resume from the last commit; find out which rank went astray"
-                raise InconsistentState("the ranks disagree", [Problem("agreement", what, text, remedy)])
-        kept = [value for value, counts_ in zip(values, counted, strict=True) if counts_]
-        if not kept:
-            raise UsageError("no rank told the step's loss; give it to step() on the ranks of the last stage")
-        return float(torch.tensor(kept, dtype=torch.float64).mean())
 
     def _audited(self, record: Mapping[str, Any]) -> list[Problem]:
         assert self._audit is not None
