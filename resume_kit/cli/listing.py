@@ -73,10 +73,26 @@ def execute(arguments: argparse.Namespace) -> Outcome:
     return Outcome(BAD if line and not good else FINE, document, text)
 
 
+#: Sizes of parallel groups by the names that the field has for them, and those that nobody needs to be told.
+_SIZES = {
+    "tensor_parallel": "TP",
+    "pipeline_parallel": "PP",
+    "virtual_pipeline": "VPP",
+    "data_parallel": "DP",
+    "expert_parallel": "EP",
+    "expert_tensor_parallel": "ETP",
+}
+_ORDINARY = ("VPP1", "EP1", "ETP1")
+
+
 def engine_text(engine: Mapping[str, Any]) -> str:
-    """``deepspeed, zero_stage 3``: what an engine's topology says beyond the number of ranks."""
-    rest = (f"{key} {value}" for key, value in engine.items() if key not in ("engine", "world_size"))
-    return ", ".join([str(engine.get("engine", "?")), *rest])
+    """``deepspeed, zero_stage 3`` or ``megatron, TP2 PP2 DP1, distributed_optimizer``: a topology, ranks left out."""
+    given = {key: value for key, value in engine.items() if key not in ("engine", "world_size")}
+    sizes = [f"{short}{given.pop(key)}" for key, short in _SIZES.items() if key in given]
+    shown = " ".join(size for size in sizes if size not in _ORDINARY)
+    switches = [key for key, value in given.items() if value is True]
+    rest = [f"{key} {value}" for key, value in given.items() if not isinstance(value, bool)]
+    return ", ".join(filter(None, [str(engine.get("engine", "?")), shown, *rest, *switches]))
 
 
 def _all(run: Path) -> Iterator[Listed]:

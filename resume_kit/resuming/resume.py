@@ -102,6 +102,7 @@ class Resumer:
         self._data_position = data_position
         self._seed = seed
         self._at = at
+        self._constructed: dict[str, Any] = {}
 
     def resume(self, last_commit: int | None) -> Resumption | None:
         """The newest good checkpoint, loaded and proved; None for a run that has none yet. Collective.
@@ -116,6 +117,7 @@ class Resumer:
                 raise UsageError(f"there is no checkpoint of step {self._at}; there are {candidates or 'none'}")
             candidates = [self._at]
         damage: list[Problem] = []
+        self._constructed = self._adapter.state()
         for step in candidates:
             directory = self._run / names.step_directory(step)
             try:
@@ -206,6 +208,7 @@ class Resumer:
 
             def shared() -> None:
                 description, policy = self._live.description, examined.policy
+                adapter.load_state(self._constructed)  # a candidate before may have been written, and rejected
                 state.update(state_to_restore(manifest, description, adapter, policy, examined.judgement, self._policy))
                 adapter.load_state(state)
 

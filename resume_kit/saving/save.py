@@ -80,7 +80,7 @@ def save(request: SaveRequest, adapter: EngineAdapter, coordinator: Coordinator,
     replicas = adapter.replicas()
     pieces = adapter.pieces()
     owned = [piece for piece in pieces if piece.owned]
-    _require_equal_copies(pieces, adapter, coordinator)
+    _require_equal_copies(pieces, request.description, adapter, coordinator)
     differing = coordinator.round(
         "save: agree",
         lambda: _account(request, adapter, pieces, replicas),
@@ -179,15 +179,18 @@ def _agree(accounts: list[dict[str, Any]], replicas: Sequence[Replica], director
     return differing
 
 
-def _require_equal_copies(pieces: Sequence[LivePiece], adapter: EngineAdapter, coordinator: Coordinator) -> None:
+def _require_equal_copies(
+    pieces: Sequence[LivePiece], description: ModelDescription, adapter: EngineAdapter, coordinator: Coordinator
+) -> None:
     """Every further copy of a tensor equals what its owners hold. Collective.
 
     Raises `InconsistentState` naming the ranks and boxes that drifted.
     """
-    copied = sorted({str(p.spec.key) for p in pieces if p.copy})
+    copied = sorted({p.spec.key.kind for p in pieces if p.copy})
     every = coordinator.gather("save: copies", lambda: (copied, copies_of(pieces)))
-    names_ = sorted({name for copied, _ in every for name in copied})
-    keys = [TensorKey(*name.split("/", 1)) for name in names_]
+    kinds = sorted({kind for copied, _ in every for kind in copied})
+    tensors = sorted({spec.key.name for spec in (*description.weights, *description.buffers)})
+    keys = [TensorKey(kind, name) for kind in kinds for name in tensors]
     if not keys:
         return
     known = set(keys)
