@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from tests.jobs import Job, train
+from resume_kit.run.journal import read_journal
 from tests.ranks import RankGroup, start_ranks
+
+
+class KillableJob(Protocol):
+    """A job of either engine."""
+
+    @property
+    def run_dir(self) -> str: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    def to_json(self) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -20,22 +33,40 @@ class Killed:
     kills: list[str] = field(default_factory=list)
 
 
-def run_with_kills(world_size: int, job: Job, *, random_kills: int, save_kills: int, seed: int) -> Killed:
-    """Start the job again and again; kill the first attempts, let the last one end."""
+def run_with_kills(
+    train: Callable[..., dict[str, Any]],
+    world_size: int,
+    job: KillableJob,
+    *,
+    random_kills: int,
+    save_kills: int,
+    seed: int,
+) -> Killed:
+    """Start the job again and again; kill the first attempts, let the last one end.
+
+    A random instant is one of the start-up or the resume, or lies a random number of steps on; so that a run is
+    never over before all has been done to it, however fast the machine.
+    """
     rng = random.Random(seed)
     plan = ["random"] * random_kills + ["save"] * save_kills
     rng.shuffle(plan)
     done = Killed([])
     run = Path(job.run_dir)
     while plan:
+        before = steps_reached(run)
+        more = rng.randint(0, (job.steps - before) // (len(plan) + 1))
         with start_ranks(train, world_size, job.to_json()) as group:
-            instant = rng.uniform(0.5, 4.0 + 1.5 * world_size)
-            hit = _hit_save(group, run) if plan[0] == "save" else _wait(group, instant)
+            if plan[0] == "save":
+                hit = _hit_save(group, run)
+            else:
+                hit = _until(group, _has_come(run, before + more)) if more else True
+                hit = hit and _wait(group, rng.uniform(0.0, 0.2) if more else rng.uniform(0.2, 2.0))
             group.kill()
             group.wait(timeout=30)
         torn = sorted(p.name for p in run.glob(".staging-*")) if run.is_dir() else []
         if hit and (plan[0] != "save" or torn):
-            done.kills.append(f"{plan.pop(0)}: {', '.join(torn) or 'nothing torn'}")
+            at = f"{plan.pop(0)} after step {steps_reached(run)}"
+            done.kills.append(f"{at}: {', '.join(torn) or 'nothing torn'}")
         elif not group.alive() and all(o.good for o in group.outcomes()):
             raise AssertionError(f"the run ended before {plan} could be done to it; make it longer")
     with start_ranks(train, world_size, job.to_json()) as group:
@@ -43,10 +74,24 @@ def run_with_kills(world_size: int, job: Job, *, random_kills: int, save_kills: 
     return done
 
 
+def steps_reached(run: Path) -> int:
+    """The last step that the run's journal holds, over all attempts."""
+    return max((int(event["step"]) for event in read_journal(run) if event["event"] == "step"), default=0)
+
+
+def _has_come(run: Path, step: int) -> Callable[[], bool]:
+    return lambda: steps_reached(run) >= step
+
+
 def _wait(group: RankGroup, seconds: float) -> bool:
     """Wait; whether every rank was still alive at the end."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    return _until(group, lambda: time.monotonic() >= end)
+
+
+def _until(group: RankGroup, reached: Callable[[], bool]) -> bool:
+    """Wait until something is so; whether every rank was still alive then."""
+    while not reached():
         if len(group.alive()) < group.world_size:
             return False
         time.sleep(0.005)

@@ -19,6 +19,7 @@ LAYERS = [
     "resuming",
     "saving",
     "engines",
+    "policy",
     "integrity",
     "planning",
     "checkpoint",
@@ -31,7 +32,7 @@ LAYERS = [
 ASIDE = {"data": {"run", "resuming"}}
 """Folders beside the order, with the layers that may import them. They import only the errors."""
 
-TORCH_FREE = ["algebra", "checkpoint", "planning", "integrity", "cli"]
+TORCH_FREE = ["algebra", "checkpoint", "planning", "integrity", "policy", "cli"]
 HEAVY = {"torch", "deepspeed", "transformers", "torchdata", "megatron"}
 
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
@@ -174,7 +175,7 @@ def test_the_source_keeps_the_law(check: object) -> None:
 
 def test_the_whole_source_is_looked_at() -> None:
     folders = {module.split(".")[1] for module in sources()} - {"__init__"}
-    assert folders >= {"algebra", "checkpoint", "planning", "engines", "saving", "resuming", "run", "errors"}
+    assert folders >= {"algebra", "checkpoint", "planning", "policy", "engines", "saving", "resuming", "run", "errors"}
 
 
 def test_the_facade_imports_lazily() -> None:

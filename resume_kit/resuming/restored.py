@@ -89,7 +89,7 @@ def state_to_restore(
         state["moments_since"] = _updates(state, manifest)
     if isinstance(policy.learning_rate, Rewarm):
         state["rewarm"] = {"steps": policy.learning_rate.rewarm, "from_step": manifest.step}
-    if (state["scaler"] is None) != (live["scaler"] is None):
+    if _form(state["scaler"]) != _form(live["scaler"]):
         state["scaler"] = live["scaler"]
     state["applied"] = applied(asked)
     return state
@@ -108,6 +108,11 @@ def engine_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _class(scheduler: Mapping[str, Any] | None) -> Any:
     return scheduler and scheduler["class"]
+
+
+def _form(scaler: Mapping[str, Any] | None) -> list[str]:
+    """What a loss scaler has: a dynamic one, of fp16, more than a constant one."""
+    return sorted(scaler or {})
 
 
 def _updates(state: Mapping[str, Any], manifest: Manifest) -> int:

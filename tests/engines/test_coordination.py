@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+import torch.distributed as dist
 
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.errors import (
@@ -22,6 +24,9 @@ from resume_kit.errors import (
     UsageError,
 )
 from tests.conftest import Ranks
+from tests.ranks import RankFailure
+
+T = TypeVar("T")
 
 PAYLOADS: list[Any] = [
     float("nan"),
@@ -44,6 +49,18 @@ def coordinator(timeout: float = 30.0) -> Coordinator:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     return Coordinator.of_default_group(timeout=timeout)
+
+
+def departing(function: Callable[..., T]) -> Callable[..., T]:
+    """A rank's function after which rank 0, whose process holds the store, waits for the others."""
+
+    @functools.wraps(function)
+    def with_farewell(*arguments: Any) -> T:
+        value = function(*arguments)
+        coordinator().depart()
+        return value
+
+    return with_farewell
 
 
 def caught(action: Callable[[], Any]) -> dict[str, Any]:
@@ -81,6 +98,7 @@ def raise_on(rank: int, here: int, error: Exception, value: Any = None) -> Any:
 # -- results
 
 
+@departing
 def rounds(rank: int, world_size: int) -> dict[str, Any]:
     ranks = coordinator()
     drew = []
@@ -110,6 +128,7 @@ def test_every_rank_gets_what_rank_zero_combined(ranks: Ranks) -> None:
     }
 
 
+@departing
 def payloads(rank: int, world_size: int) -> list[Any]:
     ranks = coordinator()
     return [ranks.gather("payload", lambda p=payload: [rank, p]) for payload in PAYLOADS]
@@ -124,6 +143,7 @@ def test_values_that_json_cannot_say_survive(ranks: Ranks) -> None:
                 assert repr(got) == repr(sent)  # -0.0, NaN, tuples and key types included
 
 
+@departing
 def gather_waits(rank: int, world_size: int) -> tuple[float, float]:
     ranks = coordinator()
     ranks.gather("start", lambda: None)
@@ -140,6 +160,7 @@ def test_a_round_holds_until_the_last_has_arrived(ranks: Ranks) -> None:
     assert all(left >= last_arrival for _, left in answers)
 
 
+@departing
 def shared_store(rank: int, world_size: int) -> list[Any]:
     first, second = coordinator(), coordinator()
     seen = []
@@ -156,6 +177,7 @@ def test_two_coordinators_do_not_read_each_others_keys(ranks: Ranks) -> None:
     assert ranks.run(shared_store, 2) == [expected, expected]
 
 
+@departing
 def many_rounds(rank: int, world_size: int) -> list[int]:
     from torch.distributed import distributed_c10d as c10d
 
@@ -181,6 +203,7 @@ def test_the_store_does_not_grow_with_the_rounds(ranks: Ranks) -> None:
 # -- errors
 
 
+@departing
 def one_fails(rank: int, world_size: int, kind: str, where: str) -> list[dict[str, Any]]:
     ranks = coordinator()
     errors: dict[str, Exception] = {
@@ -310,7 +333,8 @@ def test_a_value_that_cannot_travel_fails_all_and_names_the_place(
     assert error["class"] == "UsageError" and expected in error["text"]
 
 
-def slow_reader(rank: int, world_size: int) -> dict[str, Any]:
+def slow_rank_one(rank: int) -> Coordinator:
+    """A coordinator that on rank 1 is late to look for results."""
     ranks = coordinator()
     if rank == 1:
         wait = ranks._wait
@@ -320,12 +344,37 @@ def slow_reader(rank: int, world_size: int) -> dict[str, Any]:
             return wait(*arguments)
 
         ranks._wait = late
+    return ranks
+
+
+def slow_reader(rank: int, world_size: int) -> dict[str, Any]:
+    ranks = slow_rank_one(rank)
     return caught(lambda: ranks.on_rank_zero("judge", lambda: raise_on(0, 0, SaveFailed("the disk is gone"))))
 
 
 def test_an_error_reaches_a_slow_rank_though_rank_zero_ends_with_it(ranks: Ranks) -> None:
     """Rank 0's process holds the store: were it gone at once, the others would only see a broken connection."""
     assert seen_alike(ranks.run(slow_reader, 2))["headline"] == "the disk is gone"
+
+
+def last_round(rank: int, world_size: int, departs: bool) -> str:
+    ranks = slow_rank_one(rank)
+    result = ranks.on_rank_zero("last", lambda: "all is written")
+    if departs:
+        ranks.depart()
+    return result
+
+
+def test_the_last_result_reaches_a_slow_rank_before_rank_zero_ends(ranks: Ranks) -> None:
+    assert ranks.run(last_round, 2, True) == ["all is written"] * 2
+    with pytest.raises(RankFailure):  # what departing is for
+        ranks.run(last_round, 2, False)
+
+
+def test_a_rank_that_is_dead_at_the_end_holds_rank_zero_for_so_long_only() -> None:
+    started = time.monotonic()
+    Coordinator(dist.HashStore(), rank=0, world_size=2, timeout=0.2).depart()
+    assert time.monotonic() - started < 5.0
 
 
 # -- ranks that are missing

@@ -230,3 +230,27 @@ def test_seeding_makes_all_generators_alike_again() -> None:
     rng.seed_all(2**40 + 2)
     new = rng.digests(rng.capture({}))
     assert all(new[name] != digest for name, digest in rng.digests(first).items() if name != "current_device")
+
+
+@pytest.mark.parametrize("generator", ["python", "numpy", "torch", "engine:model-parallel-rng"])
+def test_a_derived_state_is_that_of_a_generator_freshly_seeded_and_draws_nothing(generator: str) -> None:
+    own = Tracker(5)
+    trackers = {"model-parallel-rng": own.pair}
+    before = rng.capture(trackers)
+    state = rng.derived(generator, 2**63 + 11)
+    assert rng.capture(trackers) == before
+    rng.restore({**before, generator: canonical.encode(state)}, trackers)
+    if generator == "python":
+        assert random.random() == random.Random(2**63 + 11).random()
+    elif generator == "numpy":
+        assert np.random.random() == np.random.RandomState((2**63 + 11) % 2**32).random_sample()
+    else:
+        source = None if generator == "torch" else own.generator
+        expected = torch.rand(3, generator=torch.Generator().manual_seed(2**63 + 11))
+        assert torch.equal(torch.rand(3, generator=source), expected)
+
+
+def test_derived_states_differ_by_seed_and_repeat() -> None:
+    for generator in ("python", "numpy", "torch"):
+        states = [canonical.dumps(canonical.encode(rng.derived(generator, seed))) for seed in (1, 2, 1)]
+        assert states[0] == states[2] != states[1]

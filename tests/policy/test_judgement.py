@@ -475,19 +475,22 @@ def test_the_order_of_members_counts_in_the_same_topology_only() -> None:
     assert not judge(DEEPSPEED, live, Policy.preset("flexible")).refusals
 
 
-def test_low_precision_weights_and_buffers_are_cast_where_allowed() -> None:
+def test_low_precision_weights_are_cast_where_allowed() -> None:
     changed = [("param", name, "float16", shape) for name, shape in WEIGHTS.items()]
-    live = with_tensors(DEEPSPEED, *changed, ("buffer", "running", "bfloat16", (3,)))
+    live = with_tensors(DEEPSPEED, *changed)
     refused = judge(DEEPSPEED, live, STRICT)
     assert "param/h.0.bias: saved as bfloat16[16], live float16[16]" in texts(refused)
     assert all("`dtype: cast`" in problem.remedy for problem in refused.refusals)
     allowed = judge(DEEPSPEED, live, Policy(dtype="cast"))
     assert not allowed.refusals
     actions = {change.path: change.action for change in allowed.changes}
-    assert actions == {
-        **{f"param/{name}": "cast from the same master" for name in WEIGHTS},
-        "buffer/running": "cast from the saved buffer",
-    }
+    assert actions == {f"param/{name}": "cast from the same master" for name in WEIGHTS}
+
+
+def test_buffers_are_never_cast() -> None:
+    live = with_tensors(DEEPSPEED, ("buffer", "running", "bfloat16", (3,)))
+    (refusal,) = judge(DEEPSPEED, live, Policy(dtype="cast")).refusals
+    assert refusal.where == "buffer/running" and "no master to be cast from" in refusal.remedy
 
 
 # -- everything together

@@ -142,7 +142,7 @@ def lenient(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, An
     engine, loader = build(rank, world_size, job)
     group = engine.optimizer.param_groups[0]
     group["weight_decay"] = 0.5
-    policy = Policy.from_mapping({"configuration": "warn"})
+    policy = Policy.from_mapping({"hyperparameters": "live"})
     kit = ResumeKit(engine, loader, policy, run_dir=job.run_dir, config={"seed": job.seed}, show=lambda _: None)
     return {"step": kit.resume(at=2), "weight_decay": engine.optimizer.param_groups[0]["weight_decay"]}
 

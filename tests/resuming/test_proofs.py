@@ -112,12 +112,15 @@ def test_another_world_size_is_refused_with_the_remedy(ranks: Ranks, saved: dict
 def test_a_lenient_policy_takes_the_live_configuration(ranks: Ranks, saved: dict[int, Job], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(saved[3].run_dir, copy)
-    job = saved[3].but(run_dir=str(copy), steps=6, dropout=0.1, policy={"configuration": "warn"}, lr=0.001)
+    job = saved[3].but(run_dir=str(copy), steps=6, dropout=0.1, policy={"learning_rate": "override"}, lr=0.001)
     results = ranks.run(train, 2, job.to_json())
     assert results[0]["resumed_at"] == 4
     events = [json.loads(line) for line in (copy / "journal.jsonl").read_text().splitlines()]
     report = next(event["report"] for event in events if event["event"] == "resume")
-    assert any(c["verdict"] == "warn" and "warmup_max_lr" in c["figure"] for c in report["checks"])
+    changed = {change["path"]: (change["before"], change["after"]) for change in report["changes"]}
+    assert changed["deepspeed.scheduler.params.warmup_max_lr"] == (3e-3, 1e-3)
+    replayed = {record["step"]: record["lr"] for record in results[0]["records"]}
+    assert max(replayed.values()) <= 1e-3
 
 
 def test_a_step_trained_again_must_be_the_step_of_the_journal(

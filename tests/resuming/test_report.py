@@ -72,6 +72,8 @@ def test_the_json_holds_all_of_it_and_survives_the_signed_form() -> None:
         "step": 10,
         "decision": "training goes on with step 11",
         "seconds": {"preflight": 0.125, "load": 1.0},
+        "changes": [],
+        "read": {},
     }
 
 

@@ -1,0 +1,97 @@
+"""A fresh schedule is brought to where a saved one stands, and as many steps on as the policy asks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from resume_kit.engines.schedules import advance_torch_schedule, shifted
+from resume_kit.errors import UsageError
+
+
+def lambdas(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+
+
+def cosine(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+
+
+def chained(optimizer: Any) -> Any:
+    first = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4)
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [first, cosine(optimizer)], [4])
+
+
+def deepspeeds(optimizer: Any) -> Any:
+    from deepspeed.runtime.lr_schedules import WarmupDecayLR
+
+    return WarmupDecayLR(optimizer, 20, 0.0, 0.1, 5)
+
+
+def one_cycle(optimizer: Any) -> Any:
+    from deepspeed.runtime.lr_schedules import OneCycle
+
+    return OneCycle(optimizer, 0.01, 0.1, cycle_first_step_size=5, cycle_momentum=False)
+
+
+Make = Callable[[Any], Any]
+SCHEDULES = [lambdas, cosine, chained, deepspeeds, one_cycle]
+
+
+def stepped(make: Make, steps: int) -> tuple[Any, float]:
+    """A schedule after `steps` optimizer steps, and its rate."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = make(optimizer)
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step()
+    return scheduler, float(optimizer.param_groups[0]["lr"])
+
+
+def record(scheduler: Any) -> dict[str, Any]:
+    return {"class": type(scheduler).__name__, "state": scheduler.state_dict()}
+
+
+@pytest.mark.parametrize("make", SCHEDULES)
+@pytest.mark.parametrize(("taken", "offset"), [(7, 0), (7, 3), (7, -4), (7, -7), (0, 0), (0, 2), (1, -1)])
+def test_it_stands_where_a_run_of_so_many_steps_would_stand(make: Make, taken: int, offset: int) -> None:
+    saved, _ = stepped(make, taken)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    live = make(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        advance_torch_schedule(live, record(saved), offset)
+    expected, rate = stepped(make, taken + offset)
+    position = "last_batch_iteration" if hasattr(expected, "last_batch_iteration") else "last_epoch"
+    assert getattr(live, position) == getattr(expected, position)
+    if taken + offset:
+        assert float(optimizer.param_groups[0]["lr"]) == rate
+
+
+@pytest.mark.parametrize("make", SCHEDULES)
+def test_it_does_not_go_to_before_its_start(make: Make) -> None:
+    saved, _ = stepped(make, 3)
+    live, _ = stepped(make, 0)
+    with pytest.raises(UsageError, match=r"it is to go 4 steps back, and has made 3\n.*offset: -3"):
+        advance_torch_schedule(live, record(saved), -4)
+
+
+def test_a_schedule_that_tells_no_position_is_refused() -> None:
+    live, _ = stepped(lambdas, 0)
+    for saved in (None, {"class": "Own", "state": {"phase": 2}}):
+        with pytest.raises(UsageError, match="does not tell how far it had come"):
+            advance_torch_schedule(live, saved, 1)
+
+
+def test_without_a_live_schedule_there_is_nothing_to_advance() -> None:
+    advance_torch_schedule(None, None, 5)
+
+
+def test_shifting_counts_from_the_start() -> None:
+    assert [shifted(4, offset) for offset in (-4, -1, 0, 3)] == [0, 3, 4, 7]
+    with pytest.raises(UsageError, match="cannot be shifted"):
+        shifted(4, -5)
