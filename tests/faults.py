@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 
 class Faults:
-    """`names` of the form ``what`` (rank 1) or ``what@rank``."""
+    """`names` of the form ``what`` (rank 1) or ``what@rank``. Engines are DeepSpeed's or a `MegatronEngine`."""
 
     def __init__(self, names: list[str], rank: int) -> None:
         self._mine = {name.split("@")[0] for name in names if int(name.partition("@")[2] or 1) == rank}
@@ -19,7 +20,7 @@ class Faults:
         self.batches = iter(loader) if "iter-before-resume" in self._mine else None
 
     def before_resume(self, engine: Any, kit: Any) -> None:
-        adapter = kit._adapter
+        self._adapter = adapter = kit._adapter
         publish = adapter.publish
 
         def then(change: Any) -> None:
@@ -36,7 +37,7 @@ class Faults:
         if "flip-weight" in self._mine:
             then(lambda: _flip_bit(next(p.data for p in adapter.pieces() if p.spec.key.kind == "param")))
         if "flip-copy" in self._mine:
-            then(lambda: _flip_bit(next(r.data.view(-1) for r in adapter.replicas() if not r.restored)))
+            then(lambda: _flip_bit(next(_copies(adapter))))
         if "zero-moments" in self._mine:
             then(lambda: [p.data.zero_() for p in adapter.pieces() if p.spec.key.kind.startswith("exp_avg")])
         if "wrong-step" in self._mine:
@@ -44,7 +45,7 @@ class Faults:
 
             def lost(state: Any) -> None:
                 restore(state)
-                for values in adapter._layout.base.state.values():
+                for values in _optimizer_states(adapter):
                     values["step"] = torch.tensor(1.0)
 
             adapter.load_state = lost
@@ -78,30 +79,63 @@ class Faults:
             torch.manual_seed(0)
         if "reseed-python" in self._mine:
             random.seed(0)
+        if "flip-moment-later" in self._mine:
+            _flip_sign(next(p.data for p in self._adapter.pieces() if p.spec.key.kind == "exp_avg"))
 
     def after_engine_step(self, engine: Any, kit: Any) -> None:
         if "extra-step-counter" in self._mine:
-            engine.global_steps += 1
-        if "drift-weight" in self._mine and engine.global_steps == 3:
-            _flip_bit(next(r.data.view(-1) for r in kit._adapter.replicas() if not r.restored))
-        if "zero-saved-moments" in self._all and engine.global_steps == 3:
+            counter = "steps" if _is_megatron(kit._adapter) else "global_steps"
+            setattr(engine, counter, getattr(engine, counter) + 1)
+        if "drift-weight" in self._mine and kit.step_number == 3:
+            _flip_bit(next(_copies(kit._adapter)))
+        if "zero-saved-moments" in self._all and kit.step_number == 3:
             for piece in kit._adapter.pieces():
                 if piece.spec.key.kind == "exp_avg":
                     piece.data.zero_()
-        if "nan-state" in self._all and engine.global_steps == 3:
+        if "nan-state" in self._all and kit.step_number == 3:
             for piece in kit._adapter.pieces():
                 if piece.spec.key.kind in ("master", "param"):
                     piece.data[0] = float("nan")
             kit._adapter.publish()
-        if "flip-saved-weight" in self._mine and engine.global_steps == 3:
+        if "flip-saved-weight" in self._mine and kit.step_number == 3:
             _flip_bit(next(p.data for p in kit._adapter.pieces() if p.cast_of is not None))
-        if "late-buffer" in self._all and engine.global_steps == 3:
+        if "late-buffer" in self._all and kit.step_number == 3:
             engine.module.register_buffer("late", torch.ones(2))
-        if "adam-step-astray" in self._mine and engine.global_steps == 3:
-            for values in kit._adapter._layout.base.state.values():
+        if "adam-step-astray" in self._mine and kit.step_number == 3:
+            for values in _optimizer_states(kit._adapter):
                 values["step"] += 1
+
+
+def _is_megatron(adapter: Any) -> bool:
+    return adapter.topology["engine"] == "megatron"
+
+
+def _copies(adapter: Any) -> Iterator[torch.Tensor]:
+    """Memory of this rank with copies of weights, or of single elements of them, that other ranks own."""
+    yield from (replica.data.view(-1) for replica in adapter.replicas() if not replica.restored)
+    pieces = adapter.pieces()
+    owned = [(p.data.data_ptr(), p.data.data_ptr() + p.data.nbytes) for p in pieces if p.owned]
+    for piece in pieces:
+        if piece.copy and piece.spec.key.kind == "param":
+            for element in (piece.data[:1], piece.data[-1:]):
+                if not any(start <= element.data_ptr() < stop for start, stop in owned):
+                    yield element
+
+
+def _optimizer_states(adapter: Any) -> Iterator[dict[str, Any]]:
+    """The optimizer's state of every tensor that this rank updates."""
+    from resume_kit.engines.megatron.ownership import single_optimizers
+
+    inner = single_optimizers(adapter._engine.optimizer) if _is_megatron(adapter) else [adapter._engine.optimizer]
+    for one in inner:
+        yield from one.optimizer.state.values()
 
 
 def _flip_bit(data: torch.Tensor) -> None:
     with torch.no_grad():
         data.view(torch.uint8)[data.numel() // 2] ^= 1
+
+
+def _flip_sign(data: torch.Tensor) -> None:
+    with torch.no_grad():
+        data[data.numel() // 2].neg_()

@@ -202,24 +202,35 @@ def _require_equal_copies(
     if not odd:
         return
     wanted = {name for name, _ in odd}
-    rows = coordinator.gather(
-        "save: which copy",
-        lambda: [
+
+    def evidence() -> tuple[list[Any], list[str]]:
+        rows = [
             (str(p.spec.key), str(p.box), p.copy, fingerprint.to_hex(value))
             for p, value in zip(looked, as_unsigned(values), strict=True)
             if str(p.spec.key) in wanted
-        ],
-    )
-    problems = [
-        Problem(
-            "replicas",
-            f"rank {rank}, {name} [{box}]",
-            f"rank {rank}'s copy is not the owners': the replicas have drifted apart",
-            "resume from the last commit; suspect that GPU",
-        )
-        for rank, name, box in guilty(rows, odd)
-    ]
-    raise InconsistentState("replicas have drifted apart; nothing was saved", problems)
+        ]
+        suspects = [p for p in pieces if p.cast_of is not None and str(p.spec.key) in wanted]
+        matches = cast_matches(suspects)
+        return rows, [f"{p.spec.key} [{p.box}]" for p, same in zip(suspects, matches, strict=True) if not same]
+
+    def blame(every: list[tuple[list[Any], list[str]]]) -> None:
+        """In a round, so that every rank has read the error before any ends. A weight that is not its master's cast
+        is to blame wherever it is; only without one, the copies that have no sound twin are."""
+        miscast = [(rank, where) for rank, (_, found) in enumerate(every) for where in found]
+        drifted = [(rank, f"{name} [{box}]") for rank, name, box in guilty([rows for rows, _ in every], odd)]
+        what = "is not its master's cast" if miscast else "is not the owners'"
+        problems = [
+            Problem(
+                "replicas",
+                f"rank {rank}, {where}",
+                f"rank {rank}'s copy {what}: the replicas have drifted apart",
+                "resume from the last commit; suspect that GPU",
+            )
+            for rank, where in miscast or drifted
+        ]
+        raise InconsistentState("replicas have drifted apart; nothing was saved", problems)
+
+    coordinator.round("save: which copy", evidence, blame)
 
 
 def _own_name(replica: Replica, rank: int) -> Replica:

@@ -122,9 +122,13 @@ class MegatronAdapter:
         )
 
     def settle(self) -> None:
-        if self._ddp.use_distributed_optimizer:
-            for chunk in self._engine.model_chunks:
-                chunk.start_param_sync(force_sync=True)
+        """A gather that overlaps the next forward is finished; any other was done with the update."""
+        if self._ddp.overlap_param_gather:
+            self._gather()
+
+    def _gather(self) -> None:
+        for chunk in self._engine.model_chunks:
+            chunk.start_param_sync(force_sync=True)
 
     def pieces(self) -> list[LivePiece]:
         pieces: list[LivePiece] = []
@@ -166,7 +170,8 @@ class MegatronAdapter:
 
     def publish(self) -> None:
         self.settle()  # finishes what is pending; the gather after it takes what was just written
-        self.settle()
+        if self._ddp.use_distributed_optimizer:
+            self._gather()
 
     def advance_schedule(self, saved: Mapping[str, Any], offset: int) -> None:
         scheduler = self._engine.scheduler
