@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -50,3 +51,11 @@ def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}, which is not there"
+
+
+def test_the_topology_table_is_that_of_the_newest_results() -> None:
+    from benchmarks.topologies_report import with_table
+
+    newest = max((ROOT / "benchmarks/results").glob("*-topologies")) / "topologies.json"
+    readme = (ROOT / "README.md").read_text()
+    assert with_table(readme, json.loads(newest.read_text())) == readme
