@@ -247,5 +247,10 @@ def _misshapen(manifest: Manifest) -> Iterator[str]:
         sizes = (rank.data_bytes, rank.index_bytes)
         if not (all(isinstance(t, str) for t in texts) and all(isinstance(n, int) and n >= 0 for n in sizes)):
             yield f"ranks[{rank.rank}]"
+    if not all(isinstance(name, str) and isinstance(ranks, str) for name, ranks in manifest.holders.items()):
+        yield "holders"
+    for place, topology in (("engine", manifest.engine), *(("carried", carried) for carried in manifest.carried)):
+        if not isinstance(topology, dict) or not isinstance(topology.get("world_size"), int):
+            yield place
     if not all(isinstance(feature, str) for feature in manifest.requires):
         yield "requires"

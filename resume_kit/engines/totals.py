@@ -12,6 +12,9 @@ from resume_kit.algebra.fingerprint import MASK
 from resume_kit.checkpoint.records import TensorKey
 from resume_kit.engines.adapter import OWNED, LivePiece
 
+#: What is wrong with a copy of which every piece is sound: pieces are missing, or there twice.
+UNCOVERED = "does not cover the tensor exactly once: some rank lists too few or too many pieces of it"
+
 
 @dataclass(frozen=True)
 class Totals:

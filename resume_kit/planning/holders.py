@@ -24,14 +24,16 @@ def format_ranks(ranks: Iterable[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def parse_ranks(text: str) -> list[int]:
-    """The inverse of `format_ranks`. ValueError for anything that it would not have written."""
+def parse_ranks(text: str, *, below: int | None = None) -> list[int]:
+    """The inverse of `format_ranks`. ValueError for anything that it would not have written, or ranks not `below`."""
     ranks: list[int] = []
     for part in text.split(",") if text else []:
         run = _RUN.fullmatch(part)
         if run is None:
             raise ValueError(f"not a set of ranks: {text!r} (one is written like '0-7,16')")
         first, last = int(run[1]), int(run[2] or run[1])
+        if below is not None and last >= below:
+            raise ValueError(f"rank {last} in {text[:40]!r}, of {below} ranks")
         if (run[2] and first >= last) or (ranks and first <= ranks[-1] + 1):
             raise ValueError(f"ranks out of order in {text!r}: {part!r}")
         ranks += range(first, last + 1)

@@ -34,7 +34,8 @@ _BUILD_OPTIMIZER = "build the optimizer of the save"
 class RunFacts:
     """What is compared of a run. `pinned` is without groups and versions; `data` without any position.
 
-    `groups` are the optimizer's parameter groups as constructed, with their `members`.
+    `groups` are the optimizer's parameter groups as constructed, with their `members`. `carried` are the topologies of
+    which the checkpoint has RNG records besides its own.
     """
 
     topology: Mapping[str, Any]
@@ -44,6 +45,7 @@ class RunFacts:
     data: Mapping[str, Any]
     tensors: Mapping[TensorKey, TensorSpec]
     aliases: Mapping[str, str]
+    carried: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def of_manifest(cls, manifest: Manifest) -> RunFacts:
@@ -62,6 +64,7 @@ class RunFacts:
             data={k: v for k, v in canonical.decode(manifest.data).items() if k not in ("position", "next_batch")},
             tensors=tensors,
             aliases=manifest.aliases,
+            carried=manifest.carried,
         )
 
 
@@ -185,7 +188,7 @@ def _topology(saved: RunFacts, live: RunFacts) -> Iterator[_Difference]:
         undo = f"start the job on {old} ranks" if path == "world_size" else f"start the job with {path} = {old}"
         action = "every rank reads its own part of the new layout"
         yield _Difference("topology", "topology", path, f"saved with {old}, live {new}", old, new, undo, action)
-    if ranks_move(saved.topology, live.topology):
+    if ranks_move(saved.topology, live.topology) and dict(live.topology) not in saved.carried:
         what = "ranks have a new place in the topology, for which there is no RNG record"
         undo = "start the job in the topology of the save"
         action = "streams come from run seed, step and the rank's coordinates"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from resume_kit.checkpoint import canonical
 from resume_kit.errors import Problem, ReplayMismatch
 from resume_kit.policy.judgement import Judgement
 from resume_kit.policy.policy import agrees
@@ -21,22 +22,61 @@ _MOVES_FIGURES = frozenset(
 _MOVES_DATA = frozenset({"global batch", "data"})
 
 
-def compared_fields(judgement: Judgement | None) -> tuple[str, ...]:
-    """What a step that is trained again can be held against, after what the policy let differ."""
-    parts = {change.part for change in judgement.changes} if judgement is not None else set()
-    if parts & _MOVES_DATA:
-        return ()
-    return _EXACT if parts & _MOVES_FIGURES else (*_EXACT, *_FLOATS)
+@dataclass(frozen=True)
+class Lineage:
+    """Which changes a run has come through: steps of the same number are the same step only in the same lineage.
+
+    `figures` stands for all changes that move a step's loss, `samples` for those that move what it is trained on.
+    Both are digests, empty for a run that nothing was changed in; the same change at the same step gives the same.
+    """
+
+    figures: str = ""
+    samples: str = ""
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Lineage:
+        return cls(**state.get("lineage", {}))
+
+    def to_plain(self) -> dict[str, str]:
+        return asdict(self)
+
+    def after(self, judgement: Judgement, step: int) -> Lineage:
+        """The lineage of a run that a policy let change at `step`."""
+        data = [change.to_json() for change in judgement.changes if change.part in _MOVES_DATA]
+        other = [change.to_json() for change in judgement.changes if change.part in _MOVES_FIGURES]
+        samples = canonical.value_digest([self.samples, step, data]) if data else self.samples
+        figures = canonical.value_digest([self.figures, step, data, other]) if data or other else self.figures
+        return Lineage(figures, samples)
+
+
+def recorded_steps(events: Iterable[Mapping[str, Any]], after: int, lineage: Lineage) -> list[dict[str, Any]]:
+    """What the journal holds of steps later than `after` that this lineage can be held against.
+
+    All figures of the newest event of the same lineage; else batch and samples of the newest of the same samples.
+    """
+    of_attempt: dict[int, Lineage] = {}
+    found: dict[int, tuple[bool, dict[str, Any]]] = {}
+    for event in events:
+        attempt = event["attempt"]
+        if event["event"] in ("start", "resume"):
+            of_attempt[attempt] = Lineage.of_state(event)
+        if event["event"] != "step" or event["step"] <= after:
+            continue
+        theirs = of_attempt.get(attempt, Lineage())
+        same = theirs == lineage
+        if theirs.samples == lineage.samples and (same or not found.get(event["step"], (False,))[0]):
+            names = (*_EXACT, *_FLOATS) if same else _EXACT
+            found[event["step"]] = same, {"step": event["step"], **{name: event[name] for name in names}}
+    return [recorded for _, recorded in found.values()]
 
 
 @dataclass
 class ReplayAudit:
-    """Compares each step with what the journal holds of it. `checked` counts the steps compared."""
+    """Compares each step with what is recorded of it, as far as that goes. `checked` counts the steps compared."""
 
     recorded: Mapping[int, Mapping[str, Any]]
     tolerance: str
     stop: bool
-    fields: tuple[str, ...] = (*_EXACT, *_FLOATS)
     checked: int = 0
 
     def compare(self, event: Mapping[str, Any]) -> list[Problem]:
@@ -52,7 +92,7 @@ class ReplayAudit:
         data = [
             Problem("replay", where, f"{name} was {before[name]}, now {event[name]}", "check the data and its position")
             for name in _EXACT
-            if name in self.fields and before[name] != event[name]
+            if name in before and before[name] != event[name]
         ]
         floats = [
             Problem(
@@ -62,7 +102,7 @@ class ReplayAudit:
                 "the run is not deterministic or the resume is wrong; see `tolerance` and `replay` of the policy",
             )
             for name in _FLOATS
-            if name in self.fields and not self._same(event[name], before[name])
+            if name in before and not self._same(event[name], before[name])
         ]
         if data or (floats and self.stop):
             raise ReplayMismatch(f"{where}, trained again, is not the step of the journal", [*data, *floats])

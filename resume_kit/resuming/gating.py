@@ -43,6 +43,11 @@ def choose_tolerance(policy: Policy, device: torch.device, judgement: Judgement 
     return "standard", "deterministic algorithms are off"
 
 
+def moves_the_computation(judgement: Judgement) -> bool:
+    """Whether a setting of model or engine differs, as the policy allows; the run's own `config` moves nothing."""
+    return any(not change.path.startswith("config.") for change in judgement.changes_of("configuration"))
+
+
 def ranks_agree(tolerance: str) -> Callable[[list[dict[str, float]]], None]:
     def combine(found: list[dict[str, float]]) -> None:
         for rank, values in enumerate(found):

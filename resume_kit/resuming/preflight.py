@@ -109,12 +109,12 @@ def _order(wants: Sequence[Want], indices: Mapping[int, RankIndex]) -> list[tupl
 
 def _holders(manifest: Manifest, name: str) -> list[int]:
     """Ranks whose files may hold pieces of a tensor."""
-    every = range(manifest.world_size)
-    return (
-        [rank for rank in parse_ranks(manifest.holders[name]) if rank in every]
-        if name in manifest.holders
-        else [*every]
-    )
+    if name not in manifest.holders:
+        return [*range(manifest.world_size)]
+    try:
+        return parse_ranks(manifest.holders[name], below=manifest.world_size)
+    except ValueError as error:
+        raise canonical.damaged(Path(names.MANIFEST), f"holders of {name}: {error}") from None
 
 
 def _read_indices(directory: Path, manifest: Manifest, ranks: Iterable[int]) -> dict[int, RankIndex]:

@@ -17,7 +17,7 @@ from resume_kit.checkpoint.records import TensorKey
 from resume_kit.engines.adapter import EngineAdapter, LivePiece, Replica
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.engines.fingerprint import as_unsigned, fingerprints
-from resume_kit.engines.totals import copies_of, guilty, totals
+from resume_kit.engines.totals import UNCOVERED, copies_of, guilty, totals
 from resume_kit.errors import Problem, ResumeRefused
 from resume_kit.integrity.differences import brief, differences
 from resume_kit.policy.judgement import MODEL_KINDS
@@ -32,7 +32,7 @@ _REMEDY = "do not train on; resume again, and if it repeats suspect this rank's 
 class Proof:
     """What a proof compared: sharded tensors over all ranks, whole copies on this rank, and what was wrong.
 
-    `from_disk`: the problems are of tensors that were read, so that a damaged disk may be behind them.
+    `from_disk`: on some rank, the problems are of tensors that were read, so a damaged disk may be behind them.
     """
 
     tensors: int
@@ -104,11 +104,13 @@ def judge(
     odd = [(str(key), copy) for key, copy in sums.odd_copies(expected, numel) if key not in wrong]
     if odd:
         problems += _wrong_copies(found, odd, coordinator)
+    whole_wrong: list[Problem] = []
     for replica, value in zip(found.replicas, found.whole, strict=True):
         key = stored_key(replica.spec.key, entries, rank)
         stated = fingerprint.to_hex(expected[key]) if key in recast else entries[key].fingerprint
-        problems += _compare(f"rank {rank}, {key}", value, stated, "this whole copy")
-    return Proof(len(sharded), copies - 1 + len(found.replicas), tuple(problems), bool(wrong) or bool(odd))
+        whole_wrong += _compare(f"rank {rank}, {key}", value, stated, "this whole copy")
+    from_disk = coordinator.round("prove: verdict", lambda: bool(wrong or odd or whole_wrong), lambda every: any(every))
+    return Proof(len(sharded), copies - 1 + len(found.replicas), (*problems, *whole_wrong), from_disk)
 
 
 def _wrong_owners(
@@ -155,10 +157,11 @@ def _wrong_copies(found: Measurement, odd: list[tuple[str, int]], coordinator: C
             if str(piece.spec.key) in wanted
         ],
     )
-    return [
+    problems = [
         Problem("fingerprint", f"rank {rank}, {name} [{box}]", "this copy is not what was saved", _REMEDY)
         for rank, name, box in guilty(rows, odd)
     ]
+    return problems or [Problem("fingerprint", name, f"copy {copy} {UNCOVERED}", _REMEDY) for name, copy in odd]
 
 
 def _rows(keys: Iterable[TensorKey]) -> list[list[str]]:

@@ -19,7 +19,7 @@ from resume_kit.planning.holders import format_ranks
 from resume_kit.policy.judgement import Judgement, changes_table
 from resume_kit.policy.policy import Policy
 from resume_kit.resuming import load, prove
-from resume_kit.resuming.gating import choose_tolerance, gate_problems, ranks_agree
+from resume_kit.resuming.gating import choose_tolerance, gate_problems, moves_the_computation, ranks_agree
 from resume_kit.resuming.preflight import (
     LiveRun,
     ReadOrder,
@@ -29,7 +29,7 @@ from resume_kit.resuming.preflight import (
     plan_reading,
 )
 from resume_kit.resuming.report import Report
-from resume_kit.resuming.restored import effective, state_to_restore
+from resume_kit.resuming.restored import effective, schedule_problems, state_to_restore
 from resume_kit.resuming.staged import StagedState, stage_reading, verify_unread
 from resume_kit.resuming.streams import Carried, Streams, carried_along, streams
 from resume_kit.resuming.wanted import plain_key
@@ -162,9 +162,10 @@ class Resumer:
                     try:
                         orders.append(plan_reading(directory, manifest, self._adapter, rank))
                         read = _reader(directory, manifest, orders[0])
-                        found.append(streams(manifest, self._adapter, rank, self._seed, read))
+                        found.append(self._streams(manifest, policy, read))
                         carried.extend(carried_along(manifest, dict(self._live.topology), rank, read))
                         problems += [*found[0].problems, *check_memory(orders[0], rank)]
+                        problems += schedule_problems(manifest, self._live, self._adapter, policy, judgement)
                     except CheckpointDamaged as damage:
                         damaged += damage.problems
                     if rank == 0:
@@ -196,6 +197,10 @@ class Resumer:
             coordinator.round("read", lambda: staged.append(stage_reading(directory, orders[0])), _nothing)
         return _Examined(directory, manifest, policy, judgement, orders[0], staged[0], found[0], tuple(carried))
 
+    def _streams(self, manifest: Manifest, policy: Policy, read: Callable[[int], RankIndex]) -> Streams:
+        derive = policy.rng == "derive"
+        return streams(manifest, self._adapter, self._coordinator.rank, self._seed, read, derive=derive)
+
     def _load(self, examined: _Examined) -> dict[str, Any]:
         """Write the live engine; returns the shared state as it was restored."""
         report, coordinator, adapter, manifest = self._report, self._coordinator, self._adapter, examined.manifest
@@ -207,9 +212,9 @@ class Resumer:
                 load.write(adapter, manifest, examined.staged, scalars, coordinator.rank, moments=moments)
 
             def shared() -> None:
-                description, policy = self._live.description, examined.policy
+                run, policy = self._live, examined.policy
                 adapter.load_state(self._constructed)  # a candidate before may have been written, and rejected
-                state.update(state_to_restore(manifest, description, adapter, policy, examined.judgement, self._policy))
+                state.update(state_to_restore(manifest, run, adapter, policy, examined.judgement, self._policy))
                 adapter.load_state(state)
 
             state: dict[str, Any] = {}
@@ -281,7 +286,7 @@ class Resumer:
             found = {"loss": result.loss, "grad_norm": result.grad_norm}
             problems = gate_problems(found, expected, tolerance, reason)
             differing: list[Problem] = []
-            if examined.judgement.changes_of("configuration"):
+            if moves_the_computation(examined.judgement):
                 differing, problems = problems, gate_problems(found, None, tolerance, reason)
             if rng.capture(self._adapter.rng_trackers()) != before:
                 problems.append(Problem("gate", "side effects", "the forward/backward changed the RNG", "report this"))

@@ -41,8 +41,14 @@ class Carried:
     records: Mapping[str, Any]
 
 
-def streams(manifest: Manifest, adapter: EngineAdapter, rank: int, seed: int, read: ReadIndex) -> Streams:
-    """This rank's streams after a resume from `manifest`; `read` gives a rank's index."""
+def streams(
+    manifest: Manifest, adapter: EngineAdapter, rank: int, seed: int, read: ReadIndex, *, derive: bool
+) -> Streams:
+    """This rank's streams after a resume from `manifest`; `read` gives a rank's index.
+
+    Unless the policy lets streams `derive`, a generator without a record, or a record without a generator, is a
+    problem.
+    """
     live = dict(adapter.topology)
     if live == manifest.engine:
         return _of_record(read(rank).rng, rank, manifest.ranks[rank].rng_digest, adapter)
@@ -62,7 +68,8 @@ def streams(manifest: Manifest, adapter: EngineAdapter, rank: int, seed: int, re
             new.append(generator)
             found = rng.derived(generator, derived_seed(seed, manifest.step, generator, adapter.rng_stream(generator)))
         state[generator] = found
-    return Streams(canonical.encode(state, "rng"), tuple(new))
+    problems = () if derive else (*_unrecorded(new, rank), *_unused(current, manifest, rank, read))
+    return Streams(canonical.encode(state, "rng"), tuple(new), problems)
 
 
 def derived_seed(seed: int, step: int, generator: str, stream: str) -> int:
@@ -97,6 +104,20 @@ def _of_record(record: Mapping[str, Any], rank: int, stated: str | None, adapter
             Problem("rng", where, "the RNG record is not the one in the manifest", "resume from an older checkpoint")
         )
     return Streams(record, (), tuple(problems))
+
+
+def _unrecorded(new: list[str], rank: int) -> list[Problem]:
+    what = "this rank has the generator, the save has no record of its stream"
+    return [Problem("rng", f"rank {rank}, {name}", what, "set the policy `rng: derive`") for name in new]
+
+
+def _unused(current: Mapping[str, Any], manifest: Manifest, rank: int, read: ReadIndex) -> list[Problem]:
+    recorded = set(read(rank).rng) if rank < manifest.world_size else set()
+    what = "recorded, but this rank has no such generator"
+    return [
+        Problem("rng", f"rank {rank}, {name}", what, "set the policy `rng: derive`")
+        for name in sorted(recorded - set(current))
+    ]
 
 
 def _recorded(

@@ -132,12 +132,3 @@ def last_attempt(run: Path) -> int:
 def run_id_of(run: Path) -> str | None:
     """The run's id, from its first start event."""
     return next((record["run_id"] for record in read_journal(run) if record["event"] == "start"), None)
-
-
-def steps_after(run: Path, step: int) -> dict[int, dict[str, Any]]:
-    """The newest event of every step later than `step`, with figures as numbers."""
-    found: dict[int, dict[str, Any]] = {}
-    for record in read_journal(run):
-        if record["event"] == "step" and record["step"] > step:
-            found[record["step"]] = {key: number(value) for key, value in record.items()}
-    return found

@@ -20,7 +20,7 @@ from resume_kit.engines import rng
 from resume_kit.engines.adapter import EngineAdapter, LivePiece, ModelDescription, Replica
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.engines.fingerprint import as_unsigned, fingerprints
-from resume_kit.engines.totals import copies_of, guilty, totals
+from resume_kit.engines.totals import UNCOVERED, copies_of, guilty, totals
 from resume_kit.errors import InconsistentState, Problem, SaveFailed
 from resume_kit.integrity.assembly import assemble, require_state
 from resume_kit.planning.holders import holders_of
@@ -228,6 +228,7 @@ def _require_equal_copies(
             )
             for rank, where in miscast or drifted
         ]
+        problems = problems or [Problem("replicas", name, f"copy {copy} {UNCOVERED}") for name, copy in odd]
         raise InconsistentState("replicas have drifted apart; nothing was saved", problems)
 
     coordinator.round("save: which copy", evidence, blame)

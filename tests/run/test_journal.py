@@ -23,7 +23,6 @@ from resume_kit.run.journal import (
     number,
     read_journal,
     run_id_of,
-    steps_after,
 )
 
 FLOATS = [
@@ -59,6 +58,15 @@ def append(run: Path, raw: bytes) -> None:
 
 def step(number: int, **fields: Any) -> tuple[str, dict[str, Any]]:
     return "step", {"step": number, **fields}
+
+
+def steps_after(run: Path, after: int) -> dict[int, dict[str, Any]]:
+    """The newest event of every later step, with figures as numbers."""
+    return {
+        record["step"]: {key: number(value) for key, value in record.items()}
+        for record in read_journal(run)
+        if record["event"] == "step" and record["step"] > after
+    }
 
 
 def losses(run: Path) -> list[Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ SEED = 0x5EED
 
 _WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_AXES = 6
+_FAILED = -1
 
 #: Attributes of linear layers that make a backward pass write into the gradient buffer itself.
 _FUSED = ("gradient_accumulation_fusion", "fuse_wgrad_accumulation")
@@ -47,7 +49,12 @@ def forward_backward(
     norm = _Norm(grid, bool(unwrapped(engine.model_chunks[0]).config.sequence_parallel), device)
     with rng.preserved(trackers), _evaluating(engine.model_chunks), torch.enable_grad():
         rng.seed_all(SEED)
-        loss = _through_stages(engine, weights, grid, forward, batch, norm)
+        passage = _Passage(engine, weights, grid, forward, batch, norm)
+        loss = passage.go()
+    failed = torch.tensor(float(passage.failure is not None), device=device)
+    dist.all_reduce(failed)
+    if failed:
+        raise passage.failure or UsageError("the gate failed on another rank; see its error")
     value = torch.zeros(2, dtype=torch.float64, device=device)
     value[0] = loss if loss is not None and grid.tensor_rank == 0 and grid.data_rank == 0 else 0.0
     value[1] = norm.squares()
@@ -118,38 +125,82 @@ class _Norm:
         return rank == 0 and weight.tensor_copy(self.grid) == 0 and not weight.later_copy
 
 
-def _through_stages(
-    engine: MegatronEngine,
-    weights: Sequence[LocalWeight],
-    grid: Grid,
-    forward: Forward,
-    batch: Any,
-    norm: _Norm,
-) -> torch.Tensor | None:
-    """Forward through all stages and backward again; the loss on the ranks of the last stage."""
-    stages = grid.pipeline * grid.virtual
-    mine = [stage for stage in range(stages) if stage % grid.pipeline == grid.pipeline_rank]
-    inputs: dict[int, torch.Tensor | None] = {}
-    outputs: dict[int, torch.Tensor] = {}
-    for stage in mine:
-        inputs[stage] = _received(stage - 1, stage, grid, outputs, norm.device) if stage else None
-        chunk = engine.model_chunks[stage // grid.pipeline]
-        unwrapped(chunk).set_input_tensor(inputs[stage])
-        outputs[stage] = forward(chunk, batch)
-        if stage < stages - 1:
-            _send(outputs[stage], stage, stage + 1, grid)
-    gradients: dict[int, torch.Tensor] = {}
-    for stage in reversed(mine):
-        last = stage == stages - 1
-        if last and (not isinstance(outputs[stage], torch.Tensor) or outputs[stage].numel() != 1):
+@dataclass
+class _Passage:
+    """One micro-batch through all stages and back.
+
+    A stage that fails sends word of it in place of what it would have sent, so that no other waits for ever: each
+    then sends that on, and all ranks learn of it in the end. Tensor ranks that fail alone leave their peers in a
+    collective, whose own timeout ends that.
+    """
+
+    engine: MegatronEngine
+    weights: Sequence[LocalWeight]
+    grid: Grid
+    forward: Forward
+    batch: Any
+    norm: _Norm
+    failure: Exception | None = None
+
+    def go(self) -> torch.Tensor | None:
+        """The loss on the ranks of the last stage; None on the others, and after a failure."""
+        stages, here = self.grid.pipeline * self.grid.virtual, self.grid.pipeline_rank
+        mine = [stage for stage in range(stages) if stage % self.grid.pipeline == here]
+        inputs: dict[int, torch.Tensor | None] = {}
+        outputs: dict[int, torch.Tensor | None] = {}
+        gradients: dict[int, torch.Tensor | None] = {}
+        for stage in mine:
+            inputs[stage] = self._receive(stage - 1, stage, outputs) if stage else None
+            outputs[stage] = self._try(partial(self._output, stage, inputs[stage]))
+            if stage < stages - 1:
+                _send(outputs[stage], stage, stage + 1, self.grid, self.norm.device)
+        for stage in reversed(mine):
+            arriving = self._receive(stage + 1, stage, gradients) if stage < stages - 1 else None
+            gradients[stage] = self._try(partial(self._gradient, stage, outputs[stage], arriving, inputs[stage]))
+            if stage:
+                _send(gradients[stage], stage, stage - 1, self.grid, self.norm.device)
+        last = outputs.get(stages - 1)
+        return None if last is None or self.failure is not None else last.detach().double()
+
+    def _try(self, work: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+        if self.failure is not None:
+            return None
+        try:
+            return work()
+        except Exception as error:  # every other stage must hear of it; `forward_backward` raises it
+            self.failure = error
+            return None
+
+    def _output(self, stage: int, source: torch.Tensor | None) -> torch.Tensor:
+        chunk = self.engine.model_chunks[stage // self.grid.pipeline]
+        unwrapped(chunk).set_input_tensor(source)
+        output = self.forward(chunk, self.batch)
+        last = stage == self.grid.pipeline * self.grid.virtual - 1
+        if not isinstance(output, torch.Tensor) or (last and output.numel() != 1):
             raise UsageError("the gate's forward must return the loss, a tensor of one element; pass `forward=`")
-        arriving = None if last else _received(stage + 1, stage, grid, gradients, norm.device)
-        of_chunk = [w for w in weights if w.chunk == stage // grid.pipeline and w.weight.requires_grad]
-        gradient = _backward(outputs[stage], arriving, inputs[stage], of_chunk, norm)
-        if gradient is not None:
-            gradients[stage] = gradient
-            _send(gradient, stage, stage - 1, grid)
-    return outputs[stages - 1].detach().double() if stages - 1 in outputs else None
+        return output
+
+    def _gradient(
+        self,
+        stage: int,
+        output: torch.Tensor | None,
+        arriving: torch.Tensor | None,
+        source: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        assert output is not None
+        chunk = stage // self.grid.pipeline
+        weights = [w for w in self.weights if w.chunk == chunk and w.weight.requires_grad]
+        return _backward(output, arriving, source, weights, self.norm)
+
+    def _receive(self, stage: int, at: int, local: dict[int, torch.Tensor | None]) -> torch.Tensor | None:
+        """What `stage` sent to stage `at`, as memory of its own; None, and a failure, where that stage failed."""
+        if stage % self.grid.pipeline == at % self.grid.pipeline:
+            own = local[stage]
+            return None if own is None else own.detach().requires_grad_()
+        received = _received(stage, self.grid, self.norm.device)
+        if received is None and self.failure is None:
+            self.failure = UsageError(f"the gate failed on pipeline stage {stage % self.grid.pipeline}; see its error")
+        return received
 
 
 def _backward(
@@ -160,6 +211,8 @@ def _backward(
     norm: _Norm,
 ) -> torch.Tensor | None:
     """Run one chunk's backward; its weights' gradients go to `norm`, that of its input comes back."""
+    if not weights and source is None:
+        return None  # a first stage that is all frozen
     hooks = [torch.Tensor.register_hook(w.weight, norm.consume(w)) for w in weights]  # type: ignore[no-untyped-call]
     wanted = [w.weight for w in weights] + ([] if source is None else [source])
     try:
@@ -170,24 +223,28 @@ def _backward(
     return None if source is None else found[-1]
 
 
-def _send(tensor: torch.Tensor, stage: int, to: int, grid: Grid) -> None:
+def _send(tensor: torch.Tensor | None, stage: int, to: int, grid: Grid, device: torch.device) -> None:
+    """Send a tensor to a stage, or word that there is none."""
     if to % grid.pipeline == stage % grid.pipeline:
         return
     group, rank = _peer(to, grid)
+    if tensor is None:
+        dist.send(torch.tensor([_FAILED, *[0] * (1 + _MOST_AXES)], device=device), rank, group=group)
+        return
     padding = [0] * (_MOST_AXES - tensor.dim())
     header = [_WIRE_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape, *padding]
-    dist.send(torch.tensor(header, device=tensor.device), rank, group=group)
+    dist.send(torch.tensor(header, device=device), rank, group=group)
     dist.send(tensor.detach().contiguous(), rank, group=group)
 
 
-def _received(stage: int, at: int, grid: Grid, local: dict[int, torch.Tensor], device: torch.device) -> torch.Tensor:
-    """What `stage` sent to stage `at`; differentiable memory of its own."""
-    if stage % grid.pipeline == at % grid.pipeline:
-        return local[stage].detach().requires_grad_()
+def _received(stage: int, grid: Grid, device: torch.device) -> torch.Tensor | None:
+    """What a stage on another rank sent; None where it failed."""
     group, rank = _peer(stage, grid)
     header = torch.zeros(2 + _MOST_AXES, dtype=torch.int64, device=device)
     dist.recv(header, rank, group=group)
     dtype, axes, *extents = header.tolist()
+    if dtype == _FAILED:
+        return None
     received = torch.empty(extents[:axes], dtype=_WIRE_DTYPES[dtype], device=device)
     dist.recv(received, rank, group=group)
     return received.requires_grad_()

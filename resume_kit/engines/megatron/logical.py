@@ -158,6 +158,14 @@ def _global_expert(name: str, local_experts: int, grid: Grid) -> tuple[str, int 
     return f"{experts}.{expert}.{rest}", expert
 
 
+def keep_float_biases(chunks: Sequence[Any]) -> None:
+    """Let expert routers bring their bias back to fp32 now, as they do by themselves at their first forward."""
+    for chunk in chunks:
+        for module in unwrapped(chunk).modules():
+            if hasattr(module, "_maintain_float32_expert_bias"):
+                module._maintain_float32_expert_bias()
+
+
 def local_buffers(chunks: Sequence[Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Persistent buffers of this rank's layers by global name (the bias of an expert router)."""
     for chunk in chunks:

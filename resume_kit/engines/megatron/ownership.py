@@ -1,8 +1,9 @@
 """Which pieces of which logical tensors this rank holds, in Megatron's optimizers and parameter buffers.
 
 With the distributed optimizer a rank updates one flat range of a parameter; without it, all of it, like every other
-data-parallel rank, and each of them owns an equal flat share. Either way the low-precision parameter is whole on
-every data-parallel rank: one copy more each, which is proved and not saved.
+data-parallel rank, and each of them owns an equal flat share. What is whole on every data-parallel rank (the
+low-precision parameter, and without the distributed optimizer masters and moments too) is one copy more on each,
+which is proved and not saved.
 """
 
 from __future__ import annotations
@@ -89,10 +90,17 @@ class Ownership:
                 yield from self._range(part, start, stop, copy, low, master)
         if ranks > 1:
             for part in weight.parts:
-                data = low.narrow(0, part.start, part.box.numel)
-                spec = weight_spec(part.name, low.dtype, part.shape)
-                copy = self._copy(weight, number + 1)
-                yield LivePiece(spec, part.box, data, None, copy, restored=False)
+                yield from self._whole(part, self._copy(weight, number + 1), low, master)
+
+    def _whole(self, part: Part, copy: int, low: torch.Tensor, master: Master | None) -> Iterator[LivePiece]:
+        """This rank's whole slice of everything that every data-parallel rank holds: proved, and read by no one."""
+        held = {"param": low}
+        if master is not None and not master.sharded:
+            tensors, _ = split_state(master.tensor, master.state, part.name)
+            held |= {"master": master.tensor.detach().view(-1)} | {k: t.view(-1) for k, t in tensors.items()}
+        for kind, flat in held.items():
+            spec = TensorSpec(TensorKey(kind, part.name), dtype_name(flat.dtype), part.shape)
+            yield LivePiece(spec, part.box, flat.narrow(0, part.start, part.box.numel), None, copy, restored=False)
 
     def _range(
         self, part: Part, start: int, stop: int, copy: int | None, low: torch.Tensor, master: Master | None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
+from resume_kit.checkpoint import canonical
 from resume_kit.engines.megatron.engine import MegatronEngine
 from resume_kit.engines.megatron.grid import Grid
 from resume_kit.engines.megatron.logical import unwrapped
@@ -17,8 +19,10 @@ from resume_kit.errors import Problem, UsageError
 _SPREADING = re.compile(
     r".*_func|.*(parallel|pipeline|overlap|p2p|microbatch|recompute|offload|graph|dispatcher|communication|timer|tp_comm"
     r"|distribut|gloo|nccl|init_method|initialization|gradient_accumulation_fusion|deallocate|barrier|log_|_log|print"
-    r"|stage|hierarch|config_logger|hybrid|inference|flash_decode|batch_invariant).*"
+    r"|stage|bucket|gather|fsdp|hierarch|config_logger|hybrid|inference|flash_decode|batch_invariant).*"
 )
+
+_PLAIN = (bool, int, float, str, type(None))
 
 _REFUSED_MODEL = (
     ("fp8", "fp8 weights"),
@@ -66,9 +70,25 @@ def require_supported(engine: MegatronEngine, grid: Grid) -> None:
         raise UsageError("this Megatron engine cannot be saved whole", list(dict.fromkeys(problems)))
 
 
-def model_config(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what shapes the model, how work is spread) of a TransformerConfig, plain values only."""
+#: Attributes of a GPTModel that its TransformerConfig does not tell.
+_OF_MODEL = (
+    "position_embedding_type",
+    "rotary_percent",
+    "rotary_base",
+    "rotary_scaling",
+    "fp16_lm_cross_entropy",
+    "max_sequence_length",
+)
+
+
+def model_config(gpt: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what shapes the model, how work is spread) of a GPTModel, plain values only."""
+    config = gpt.config
     model, spreading = split_config(config)
+    model |= {name: getattr(gpt, name) for name in _OF_MODEL if isinstance(getattr(gpt, name, None), _PLAIN)}
+    frequencies = getattr(getattr(gpt, "rotary_pos_emb", None), "inv_freq", None)
+    if frequencies is not None:
+        model["rotary frequencies"] = canonical.digest(frequencies.detach().float().cpu().numpy().tobytes())
     if config.activation_func is not None:
         model["activation_func"] = getattr(config.activation_func, "__name__", str(config.activation_func))
     return model, spreading
@@ -80,7 +100,9 @@ def split_config(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     spreading: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, bool | int | float | str | type(None)):
+        if isinstance(value, Enum):
+            shaping[field.name] = value.name
+        elif isinstance(value, _PLAIN):
             (spreading if _SPREADING.fullmatch(field.name) else shaping)[field.name] = value
         elif isinstance(value, list | tuple) and all(isinstance(v, bool | int | float | str) for v in value):
             (spreading if _SPREADING.fullmatch(field.name) else shaping)[field.name] = list(value)
@@ -89,9 +111,22 @@ def split_config(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return shaping, spreading
 
 
+#: What an OptimizerParamScheduler computes the LR from, and leaves out of its state_dict().
+_UNSAVED = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")
+
+
+def schedule_state(scheduler: Any) -> dict[str, Any]:
+    """All that an OptimizerParamScheduler computes with, its position too."""
+    return {**scheduler.state_dict(), **{name: getattr(scheduler, name) for name in _UNSAVED}}
+
+
 def schedule_config(scheduler: Any) -> Mapping[str, Any] | None:
-    """The parameters of an OptimizerParamScheduler, without its position and those of a weight decay that rests."""
+    """The parameters of an OptimizerParamScheduler, without its position and those that it does not look at."""
     if scheduler is None:
         return None
-    resting = {"wd_incr_steps", "wd_incr_style"} if scheduler.start_wd == scheduler.end_wd else set()
-    return {key: value for key, value in scheduler.state_dict().items() if key not in {"num_steps", *resting}}
+    left_out = {"num_steps"}
+    if scheduler.start_wd == scheduler.end_wd:
+        left_out |= {"wd_incr_steps", "wd_incr_style"}
+    if scheduler.lr_decay_style != "WSD":
+        left_out |= {"wsd_decay_steps", "lr_wsd_decay_style"}
+    return {key: value for key, value in schedule_state(scheduler).items() if key not in left_out}
