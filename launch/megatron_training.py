@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.entry import seed_everything
 from launch.megatron_config import MegatronConfig
-from launch.train_zero3 import seed_everything
 from resume_kit import ResumableLoader, TokenDataset
 from resume_kit.data import standard_library_path
 from resume_kit.planning.layouts.topology import MegatronTopology

@@ -16,27 +16,19 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch.config import parse_as
+from launch.entry import run, step_line
 from launch.megatron_config import MegatronConfig
 from launch.slurm import adopt_slurm
-from launch.train_zero3 import report_error, step_line
-from resume_kit.errors import ResumeKitError, UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run to the configured step. Exit code 0: done; 1: refused, damaged or failed; 2: wrong usage."""
-    try:
-        config = parse_as(MegatronConfig, arguments)
-        adopt_slurm(os.environ)
-        prepare_environment(config)
-        train(config)
-    except ResumeKitError as error:
-        report_error(error)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
+    """Run to the configured step and return the exit code of `launch.entry.run`."""
+    return run(lambda: parse_as(MegatronConfig, arguments), prepare_environment, train)
 
 
 def prepare_environment(config: MegatronConfig) -> None:
     """What must be set before torch touches a GPU; what somebody has set stays."""
+    adopt_slurm(os.environ)
     # with one queue, collectives start in the order of the calls, as Megatron's overlapping counts on
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if config.run.deterministic:

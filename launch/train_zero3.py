@@ -7,7 +7,6 @@ torchrun --nproc-per-node 2 launch/train_zero3.py --config configs/zero3_tiny.ya
 from __future__ import annotations
 
 import os
-import random
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,19 +17,12 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch.config import TrainConfig, parse_arguments
-from resume_kit.errors import ResumeKitError, UsageError
+from launch.entry import run, seed_everything, step_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run to the configured step. Exit code 0: done; 1: refused, damaged or failed; 2: wrong usage."""
-    try:
-        config = parse_arguments(arguments)
-        prepare_environment(config)
-        train(config)
-    except ResumeKitError as error:
-        report_error(error)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
+    """Run to the configured step and return the exit code of `launch.entry.run`."""
+    return run(lambda: parse_arguments(arguments), prepare_environment, train)
 
 
 def prepare_environment(config: TrainConfig) -> None:
@@ -136,31 +128,6 @@ def build_engine(config: TrainConfig, *, vocab_size: int) -> Any:
     model.train()
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=deepspeed_config)
     return engine
-
-
-def seed_everything(seed: int) -> None:
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def step_line(record: dict[str, Any], tokens_per_sample: int) -> str:
-    """One line a step: step, loss, grad norm, LR and tokens consumed."""
-    norm = "n/a" if record["grad_norm"] is None else f"{record['grad_norm']:.6f}"
-    return (
-        f"step {record['step']} loss {record['loss']:.6f} grad_norm {norm} "
-        f"lr {record['lr']:.3e} tokens {record['samples'] * tokens_per_sample}"
-    )
-
-
-def report_error(error: ResumeKitError) -> None:
-    """The whole error once, from rank 0; a line from every other rank."""
-    rank = int(os.environ.get("RANK", "0"))
-    text = f"\nERROR: {error}" if rank == 0 else f"rank {rank}: {error.headline}"
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def build(rank: int, world_size: int, job: Job) -> tuple[Any, Any]:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from launch.train_zero3 import seed_everything
+    from launch.entry import seed_everything
     from resume_kit import ResumableLoader, TokenDataset
 
     warnings.filterwarnings("ignore")
@@ -159,7 +159,7 @@ def build(rank: int, world_size: int, job: Job) -> tuple[Any, Any]:
 
 def train(rank: int, world_size: int, options: dict[str, Any], faults: list[str] | None = None) -> dict[str, Any]:
     """Run a job to its end; return its step records, where it resumed, and the final state's digests."""
-    from launch.train_zero3 import seed_everything
+    from launch.entry import seed_everything
     from resume_kit import Policy, ResumeKit, Retention
     from tests import faults as fault_table
 

@@ -105,7 +105,7 @@ def stay(
 
 
 def _deepspeed(rank: int, world_size: int, job: Job) -> _Running:
-    from launch.train_zero3 import seed_everything
+    from launch.entry import seed_everything
 
     engine, loader = build(rank, world_size, job)
     seed_everything(job.seed + 100 + rank)
