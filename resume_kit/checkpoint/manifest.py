@@ -250,7 +250,12 @@ def _misshapen(manifest: Manifest) -> Iterator[str]:
     if not all(isinstance(name, str) and isinstance(ranks, str) for name, ranks in manifest.holders.items()):
         yield "holders"
     for place, topology in (("engine", manifest.engine), *(("carried", carried) for carried in manifest.carried)):
-        if not isinstance(topology, dict) or not isinstance(topology.get("world_size"), int):
+        if not (isinstance(topology, dict) and _tells_sizes(topology)):
             yield place
     if not all(isinstance(feature, str) for feature in manifest.requires):
         yield "requires"
+
+
+def _tells_sizes(topology: dict[str, Any]) -> bool:
+    """Whether a topology has a world size, and only numbers and flags besides its engine's name."""
+    return "world_size" in topology and all(isinstance(n, int) for axis, n in topology.items() if axis != "engine")

@@ -13,6 +13,7 @@ import torch
 
 from resume_kit.algebra.boxes import Box
 from resume_kit.checkpoint.records import TensorSpec
+from resume_kit.errors import Problem
 
 #: `forward(module, batch) -> loss` (0-d tensor), used for the gate.
 Forward = Callable[[torch.nn.Module, Any], torch.Tensor]
@@ -148,10 +149,14 @@ class EngineAdapter(Protocol):
     def publish(self) -> None:
         """After restored pieces were written: bring every copy that follows from them up to date. Collective."""
 
-    def advance_schedule(self, saved: Mapping[str, Any], offset: int) -> None:
+    def schedule_problems(self, saved: Mapping[str, Any], offset: int, samples_per_step: int) -> list[Problem]:
+        """Why `advance_schedule` could not do it. Touches nothing."""
+
+    def advance_schedule(self, saved: Mapping[str, Any], offset: int, samples_per_step: int) -> None:
         """Bring the live LR schedule to where the saved one stands, and `offset` steps further.
 
-        `saved` is what `state()` was at the save. Raises `UsageError` where that cannot be done.
+        `saved` is what `state()` was at the save; `samples_per_step` the live global batch, for a schedule that counts
+        samples. Raises `UsageError` where that cannot be done.
         """
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from resume_kit.checkpoint import canonical
+from resume_kit.checkpoint import canonical, names
 from resume_kit.checkpoint.index import RankIndex
 from resume_kit.checkpoint.manifest import Manifest
 from resume_kit.engines import rng
@@ -54,8 +55,7 @@ def streams(
         return _of_record(read(rank).rng, rank, manifest.ranks[rank].rng_digest, adapter)
     for number, topology in enumerate(manifest.carried):
         if live == topology:
-            record = read(rank % manifest.world_size).carried[number].get(str(rank), {})
-            return _of_record(record, rank, None, adapter)
+            return _of_record(_carried_record(manifest, number, rank, read), rank, None, adapter)
     current = canonical.decode(rng.capture(adapter.rng_trackers()))
     state: dict[str, Any] = {}
     new: list[str] = []
@@ -88,9 +88,30 @@ def carried_along(manifest: Manifest, topology: Mapping[str, Any], rank: int, re
     for number, other in enumerate(manifest.carried):
         if other != topology:
             mine = range(rank, int(other["world_size"]), world)
-            records = {str(r): read(r % manifest.world_size).carried[number][str(r)] for r in mine}
+            records = {str(r): _carried_record(manifest, number, r, read) for r in mine}
             found.append(Carried(other, records))
     return found
+
+
+def _carried_record(manifest: Manifest, number: int, rank: int, read: ReadIndex) -> Mapping[str, Any]:
+    """The record of a rank of the carried topology of this number."""
+    index = read(rank % manifest.world_size)
+    found: Mapping[str, Any] | None = index.carried[number].get(str(rank)) if number < len(index.carried) else None
+    if found is None:
+        what = f"no RNG record of rank {rank} of a topology that the manifest says is carried along"
+        raise canonical.damaged(Path(names.index_file(index.rank)), what)
+    return found
+
+
+def overwritten(adapter: EngineAdapter, restored: Mapping[str, str], rank: int) -> list[Problem]:
+    """Generators that are not what they were restored to, by the digests of then."""
+    live = rng.digests(rng.capture(adapter.rng_trackers()))
+    what = "changed between resume() and the first batch: something seeded or drew after the load"
+    return [
+        Problem("rng", f"rank {rank}, {name}", what, "seed before making the kit, never after resume()")
+        for name, digest in restored.items()
+        if live.get(name) != digest
+    ]
 
 
 def _of_record(record: Mapping[str, Any], rank: int, stated: str | None, adapter: EngineAdapter) -> Streams:
@@ -127,9 +148,14 @@ def _recorded(
 
     A state of another size is that of another kind of device.
     """
-    source = adapter.rank_of_stream(generator, manifest.engine)
+    try:
+        source = adapter.rank_of_stream(generator, manifest.engine)
+    except (KeyError, ZeroDivisionError) as error:
+        raise canonical.damaged(Path(names.MANIFEST), f"engine tells no topology: {error!r}") from None
     if source is None:
         return None
+    if source >= manifest.world_size:
+        raise canonical.damaged(Path(names.MANIFEST), f"engine tells of rank {source}, of {manifest.world_size} ranks")
     record = canonical.decode(read(source).rng)
     recorded = generator
     if generator.startswith("cuda:"):

@@ -21,6 +21,10 @@ class KeptState:
     def to_plain(self) -> dict[str, Any]:
         return {"applied": self._applied, "moments_since": self.moments_since, "rewarm": self._rewarm}
 
+    def begin(self, asked: Mapping[str, Any]) -> None:
+        """A run without a checkpoint has nothing that an order of the policy could be carried out on: it is done."""
+        self._applied = dict(asked)
+
     def restore(self, state: Mapping[str, Any], step: int) -> None:
         self.moments_since = int(state.get("moments_since", 0))
         self._applied = dict(state.get("applied", {}))

@@ -10,7 +10,6 @@ import torch
 
 from resume_kit.checkpoint import canonical
 from resume_kit.checkpoint.manifest import Manifest
-from resume_kit.engines import rng
 from resume_kit.engines.adapter import Forward, GateResult
 from resume_kit.engines.choose import adapter_for
 from resume_kit.engines.coordination import Coordinator
@@ -20,16 +19,17 @@ from resume_kit.environment import software_versions
 from resume_kit.errors import Problem, ResumeKitError, ResumeRefused, UsageError
 from resume_kit.policy.judgement import Judgement
 from resume_kit.policy.policy import Policy
-from resume_kit.resuming.audit import ReplayAudit, compared_fields
+from resume_kit.resuming.audit import Lineage, ReplayAudit, recorded_steps
 from resume_kit.resuming.gating import choose_tolerance
 from resume_kit.resuming.preflight import LiveRun
 from resume_kit.resuming.report import Report
+from resume_kit.resuming.restored import applied
 from resume_kit.resuming.resume import Resumer, Resumption
-from resume_kit.resuming.streams import Carried
+from resume_kit.resuming.streams import Carried, overwritten
 from resume_kit.run.agreement import one_run, require_finite
 from resume_kit.run.attempt import Attempt
 from resume_kit.run.figures import mean_loss
-from resume_kit.run.journal import last_commit, steps_after, unreadable_lines
+from resume_kit.run.journal import last_commit, number, read_journal, unreadable_lines
 from resume_kit.run.kept import KeptState
 from resume_kit.run.protocols import ResumableData, Stateful
 from resume_kit.run.retention import Retention, prune, set_aside
@@ -110,6 +110,8 @@ class ResumeKit:
         self._audit: ReplayAudit | None = None
         self._unchecked_rng = False
         self._carried: tuple[Carried, ...] = ()
+        self._taken = 0
+        self._lineage = Lineage()
         self._losses: list[torch.Tensor] = []
         self._position = data.position
         self._kept = KeptState()
@@ -164,19 +166,26 @@ class ResumeKit:
         step = resumption.manifest.step if resumption else 0
         judgement = resumption.judgement if resumption else None
         tolerance, _ = choose_tolerance(self.policy, self._adapter.device, judgement)
-        compared = compared_fields(judgement)
+        if resumption is not None:
+            self._lineage = Lineage.of_state(canonical.decode(resumption.manifest.state)).after(
+                resumption.judgement, step
+            )
         recorded, unreadable = self._coordinator.on_rank_zero(
-            "journal", lambda: (_step_items(self.run_dir, step) if compared else [], unreadable_lines(self.run_dir))
+            "journal", lambda: (_recorded(self.run_dir, step, self._lineage), unreadable_lines(self.run_dir))
         )
-        what = f"tolerance {tolerance}" if "loss" in compared else f"{', '.join(compared) or 'nothing'} only"
-        report.passed("replay audit", "steps to compare", f"{len(recorded)}, {what}")
+        whole = sum("loss" in event for event in recorded)
+        what = f"{whole} with all figures, tolerance {tolerance}; {len(recorded) - whole} with their samples only"
+        report.passed("replay audit", "steps to compare", what)
         if unreadable:
             report.warned("replay audit", "journal", f"{unreadable} lines cannot be read; their steps are not compared")
-        if resumption is not None:
+        if resumption is None:
+            self._kept.begin(applied(self.policy))
+        else:
             self._go_on_from(resumption, report)
         self._position = self._data.position
+        self._taken = self._adapter.step
         self._audit = ReplayAudit(
-            {int(event["step"]): event for event in recorded}, tolerance, self.policy.replay == "stop", compared
+            {int(event["step"]): event for event in recorded}, tolerance, self.policy.replay == "stop"
         )
         if self._coordinator.rank == 0:
             self._show(report.render())
@@ -218,6 +227,8 @@ class ResumeKit:
         self._adapter.settle()
         gate = self._run_gate() if self.policy.gate else None
         self._coordinator.round("save: gate", lambda: require_finite(gate), lambda _: None)
+        shared: dict[str, Any] = {}
+        self._coordinator.round("save: state", lambda: shared.update(self._adapter.state()), lambda _: None)
         request = SaveRequest(
             directory=self.run_dir,
             run_id=self._attempt.run_id,
@@ -225,8 +236,9 @@ class ResumeKit:
             step=step,
             description=self._description,
             state={
-                **self._adapter.state(),
+                **shared,
                 **self._kept.to_plain(),
+                "lineage": self._lineage.to_plain(),
                 "user": {name: s.state_dict() for name, s in self._user_state.items()},
             },
             updates=self._adapter.updates - self._kept.moments_since,
@@ -265,7 +277,15 @@ class ResumeKit:
         if aside:
             steps = ", ".join(map(str, aside))
             report.warned("hand-over", "set aside", f"later checkpoints of steps {steps} moved to set-aside/")
-        self._attempt.resumed(report, {**self._what_runs(), "step": manifest.step, "target_step": manifest.step + 1})
+        self._attempt.resumed(
+            report,
+            {
+                **self._what_runs(),
+                "step": manifest.step,
+                "target_step": manifest.step + 1,
+                "lineage": self._lineage.to_plain(),
+            },
+        )
         self._data.before_first_fetch = lambda: self._check_rng(resumption)
         self._unchecked_rng = True
 
@@ -273,17 +293,7 @@ class ResumeKit:
         """At the first batch: nobody has touched a generator since it was restored."""
 
         def local() -> None:
-            live = rng.digests(rng.capture(self._adapter.rng_trackers()))
-            problems = [
-                Problem(
-                    "rng",
-                    f"rank {self._coordinator.rank}, {name}",
-                    "changed between resume() and the first batch: something seeded or drew after the load",
-                    "seed before making the kit, never after resume()",
-                )
-                for name, digest in resumption.rng_digests.items()
-                if live.get(name) != digest
-            ]
+            problems = overwritten(self._adapter, resumption.rng_digests, self._coordinator.rank)
             if problems:
                 raise ResumeRefused("the restored RNG was overwritten", problems)
 
@@ -300,6 +310,11 @@ class ResumeKit:
         start, size = self._position, self._data.global_batch_size
         self._position = self._data.position
         loss = mean_loss(self._losses, self._adapter, self._position, self._attempt)
+        taken, self._taken = self._adapter.step - self._taken, self._adapter.step
+        if taken != 1:
+            what = f"since the last step() the engine has counted {taken} optimizer steps"
+            remedy = "call step() once after every optimizer step; with Megatron call engine.stepped() before it"
+            raise UsageError("the kit is not told of every step", [Problem("steps", "", what, remedy)])
         if self._position != start + size:
             raise ResumeRefused(
                 f"step {self._adapter.step} consumed {self._position - start} samples of the kit's data, not {size}",
@@ -385,6 +400,6 @@ class ResumeKit:
         }
 
 
-def _step_items(run: Path, step: int) -> list[dict[str, Any]]:
-    wanted = ("step", "loss", "grad_norm", "lr", "samples", "batch")
-    return [{name: event[name] for name in wanted} for event in steps_after(run, step).values()]
+def _recorded(run: Path, step: int, lineage: Lineage) -> list[dict[str, Any]]:
+    recorded = recorded_steps(read_journal(run), step, lineage)
+    return [{name: number(value) for name, value in event.items()} for event in recorded]

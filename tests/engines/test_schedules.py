@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from resume_kit.engines.schedules import advance_torch_schedule, shifted
+from resume_kit.engines.schedules import (
+    advance_torch_schedule,
+    samples_of_a_step,
+    torch_schedule_problems,
+    torch_schedule_settings,
+)
 from resume_kit.errors import UsageError
 
 
@@ -76,6 +81,7 @@ def test_it_stands_where_a_run_of_so_many_steps_would_stand(make: Make, taken: i
 def test_it_does_not_go_to_before_its_start(make: Make) -> None:
     saved, _ = stepped(make, 3)
     live, _ = stepped(make, 0)
+    assert len(torch_schedule_problems(live, record(saved), -4)) == 1
     with pytest.raises(UsageError, match=r"it is to go 4 steps back, and has made 3\n.*offset: -3"):
         advance_torch_schedule(live, record(saved), -4)
 
@@ -87,11 +93,39 @@ def test_a_schedule_that_tells_no_position_is_refused() -> None:
             advance_torch_schedule(live, saved, 1)
 
 
-def test_without_a_live_schedule_there_is_nothing_to_advance() -> None:
-    advance_torch_schedule(None, None, 5)
+def test_without_a_live_schedule_there_is_nothing_to_advance_and_nothing_to_shift() -> None:
+    saved, _ = stepped(cosine, 3)
+    for one in (None, record(saved)):
+        advance_torch_schedule(None, one, 0)
+        with pytest.raises(UsageError, match=r"no live schedule that could be shifted by \+5 steps"):
+            advance_torch_schedule(None, one, 5)
 
 
-def test_shifting_counts_from_the_start() -> None:
-    assert [shifted(4, offset) for offset in (-4, -1, 0, 3)] == [0, 3, 4, 7]
-    with pytest.raises(UsageError, match="cannot be shifted"):
-        shifted(4, -5)
+@pytest.mark.parametrize("make", SCHEDULES)
+def test_what_a_schedule_was_made_with_does_not_move_with_it(make: Make) -> None:
+    assert torch_schedule_settings(stepped(make, 3)[0]) == torch_schedule_settings(stepped(make, 0)[0])
+
+
+def test_the_settings_are_all_that_is_plain() -> None:
+    assert torch_schedule_settings(None) == torch_schedule_settings(stepped(deepspeeds, 2)[0]) == {}
+    assert torch_schedule_settings(stepped(cosine, 2)[0]) == {"T_max": 20, "eta_min": 0.0, "base_lrs": [0.1]}
+    found = torch_schedule_settings(stepped(chained, 2)[0])
+    assert found["_milestones"] == [4]
+    assert found["_schedulers"][0] == {"start_factor": 0.1, "end_factor": 1.0, "total_iters": 4, "base_lrs": [0.1]}
+
+    def own(optimizer: Any) -> Any:
+        scheduler = lambdas(optimizer)
+        scheduler.form = lambda step: step
+        return scheduler
+
+    assert "form" not in torch_schedule_settings(stepped(own, 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "steps", "expected"), [(0, 0, 8), (32, 4, 8), (12, 4, 8), (4, 4, 1), (3, 4, 1), (0, 4, 8)]
+)
+def test_a_megatron_schedule_counts_samples_unless_it_has_counted_no_more_than_steps(
+    num_steps: int, steps: int, expected: int
+) -> None:
+    saved = {"scheduler": {"state": {"num_steps": num_steps}}, "counters": {"steps": steps}}
+    assert samples_of_a_step(saved, 8) == expected

@@ -109,7 +109,7 @@ def watch(
 
 
 def _deepspeed(rank: int, world_size: int, job: Job) -> tuple[Any, Any, Step, dict[str, Any]]:
-    from launch.train_zero3 import seed_everything
+    from launch.entry import seed_everything
 
     if job.precision == "fp16":
         _admit_fp16()
@@ -167,6 +167,7 @@ def look(kit: Any) -> dict[str, Any]:
     return {
         "moments": max((float(p.data.abs().max()) for p in pieces if p.spec.key.kind[:7] == "exp_avg"), default=0.0),
         "adam steps": sorted({s["step"]["value"] for s in adapter.scalars().values() if "step" in s}),
+        "group steps": [group.get("step") for group in state["groups"]],
         "weight decay": [group["weight_decay"] for group in state["groups"]],
         "scheduler": state["scheduler"],
         "scaler": state["scaler"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,46 @@ def test_offset_shifts_the_schedule_once(
 
 def test_a_schedule_is_not_shifted_to_before_its_start(ranks: Ranks, saved: Job, tmp_path: Path) -> None:
     job = copied(saved, tmp_path, steps=6, policy={"learning_rate": {"offset": -5}})
+    text = refusal(ranks, 2, job)
+    assert "step-000000004 must not be resumed by this run" in text  # nothing was written yet
+    assert "it is to go 5 steps back, and has made 4" in text
+
+
+def test_orders_in_the_policy_of_a_new_run_are_done_with(
+    ranks: Ranks, saved: Job, reference: list[Watched], tmp_path: Path
+) -> None:
+    policy = {"learning_rate": {"rewarm": 5}, "optimizer_state": "reset"}
+    job = saved.but(run_dir=str(tmp_path / "new"), policy=policy)
+    first = watched(ranks, 2, job)
+    again = watched(ranks, 2, job.but(steps=6))
+    assert again[0].resumed_at == 4 and again[0].changes == []
+    for rank in range(2):
+        assert first[rank].records + again[rank].records == reference[rank].records[:6]
+    other = watched(ranks, 2, job.but(steps=7, policy={"learning_rate": {"rewarm": 3}}))[0]
+    assert [change["after"] for change in other.changes] == ["rewarmed over 3 steps"]
+
+
+def cosine(rank: int, world_size: int, options: dict[str, Any], *, total: int) -> Watched:
+    """`watch`, with a torch schedule of the client's own."""
+    import torch
+
+    schedules = torch.optim.lr_scheduler
+    schedules.LambdaLR = lambda optimizer, _: schedules.CosineAnnealingLR(optimizer, T_max=total)
+    return watch(rank, world_size, options)
+
+
+def test_a_schedule_of_the_clients_own_is_compared_and_overridden(ranks: Ranks, saved: Job, tmp_path: Path) -> None:
+    own = saved.but(client_optimizer="amsgrad", scheduler="lambda", run_dir=str(tmp_path / "own"), ds={})
+    ranks.run(functools.partial(cosine, total=10), 1, own.to_json())
+    run = functools.partial(ranks.run, functools.partial(cosine, total=100), 1)
     with pytest.raises(RankFailure) as failure:
-        ranks.run(watch, 2, job.to_json())
-    assert "it is to go 5 steps back, and has made 4" in failure.value.outcomes[1].error
+        run(own.but(steps=6).to_json())
+    assert "schedule.T_max: saved with 10, live 100" in failure.value.outcomes[0].error
+    assert "`learning_rate: override`" in failure.value.outcomes[0].error
+    found = run(own.but(steps=6, policy={"learning_rate": "override"}).to_json())[0]
+    assert {change["path"] for change in found.changes} == {"schedule.T_max"}
+    from_the_start = run(own.but(steps=6, run_dir=str(tmp_path / "start")).to_json())[0]
+    assert found.of("lr") == from_the_start.of("lr", range(5, 7)) and found.used == from_the_start.used[4:]
 
 
 def test_rewarming_is_a_factor_on_the_saved_schedule_that_goes_on_over_further_resumes(
@@ -233,6 +271,23 @@ def test_weights_in_another_dtype_are_cast_from_the_masters_and_back(
     assert back[0].resumed["scaler"]["cur_scale"] == 1
     for rank in range(2):
         assert back[rank].records == [r for r in reference[rank].records if 4 < r["step"] <= 8]
+
+
+def test_a_loss_scaler_goes_on_under_its_live_settings(ranks: Ranks, saved: Job, tmp_path: Path) -> None:
+    section = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1000}
+    job = saved.but(run_dir=str(tmp_path / "fp16"), precision="fp16", steps=2, ds={**saved.ds, "fp16": section})
+    first = watched(ranks, 2, job)[0].ended["scaler"]
+    other = {**section, "initial_scale_power": 4, "loss_scale_window": 10, "hysteresis": 3}
+    options = {"policy": {"dtype": "cast"}, "ds": {**saved.ds, "fp16": other}}
+    found = watched(ranks, 2, job.but(**options))[0].resumed["scaler"]
+    assert (first["scale_window"], found["scale_window"], found["delayed_shift"]) == (1000, 10, 3)
+    for moving in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"):
+        assert found[moving] == first[moving]
+    assert found["cur_iter"] == 2
+    for scale in (32, 64):
+        constant = {**saved.ds, "fp16": {"enabled": True, "loss_scale": scale}}
+        one = watched(ranks, 2, job.but(policy={"dtype": "cast"}, ds=constant), save_at_once=True)[0]
+        assert one.resumed["scaler"]["cur_scale"] == scale
 
 
 @pytest.mark.parametrize(

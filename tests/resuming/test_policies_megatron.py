@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tests.conftest import Ranks
 from tests.jobs import text_file
 from tests.megatron_jobs import MegatronJob, train
 from tests.ranks import RankFailure, run_ranks
-from tests.resuming.observed import Watched, copied, refusal, watched
+from tests.resuming.observed import Watched, copied, refusal, watch, watched
 
 #: Megatron's optimizer that every data-parallel rank holds whole.
 PLAIN = pytest.param({"distributed_optimizer": False}, marks=pytest.mark.slow)
@@ -93,9 +94,130 @@ def test_offset_shifts_the_schedule_once(
 
 def test_a_schedule_is_not_shifted_to_before_its_start(ranks: Ranks, saved: MegatronJob, tmp_path: Path) -> None:
     job = copied(saved, tmp_path, steps=6, policy={"learning_rate": {"offset": -5}})
+    text = refusal(ranks, 2, job)
+    assert "step-000000004 must not be resumed by this run" in text  # nothing was written yet
+    assert "it is to go 5 steps back, and has made 4" in text
+
+
+def test_offset_counts_in_steps_of_the_live_batch(ranks: Ranks, saved: MegatronJob, tmp_path: Path) -> None:
+    larger = {"global_batch": "change", "learning_rate": "override"}
+    job = copied(saved, tmp_path, steps=6, global_batch=8, policy=larger)
+    assert watched(ranks, 2, job)[0].ended["scheduler"]["state"]["num_steps"] == 4 * 4 + 2 * 8
+    found = watched(ranks, 2, job.but(policy={"learning_rate": {"offset": 1}}))[0]
+    assert found.resumed["scheduler"]["state"]["num_steps"] == 4 * 4 + 2 * 8 + 8
+
+
+def scheduled(rank: int, world_size: int, options: dict[str, Any], *, settings: dict[str, Any] | None) -> Watched:
+    """`watch`, with other settings of the schedule, also such as no configuration has; None: without a schedule."""
+    import resume_kit.engines.megatron as engines
+    from launch import megatron_training
+
+    make, engine = megatron_training._schedule, engines.MegatronEngine
+
+    def schedule(*made_of: Any) -> Any:
+        scheduler = make(*made_of)
+        vars(scheduler).update(settings or {})
+        scheduler.step(0)
+        return scheduler
+
+    megatron_training._schedule = schedule
+    if settings is None:
+        engines.MegatronEngine = lambda chunks, optimizer, _: engine(chunks, optimizer)
+    return watch(rank, world_size, options, megatron=True)
+
+
+def run_scheduled(ranks: Ranks, job: MegatronJob, settings: dict[str, Any] | None) -> Watched:
+    found: list[Watched] = ranks.run(functools.partial(scheduled, settings=settings), 1, job.to_json())
+    return found[0]
+
+
+def refused_schedule(ranks: Ranks, job: MegatronJob, settings: dict[str, Any] | None) -> str:
     with pytest.raises(RankFailure) as failure:
-        ranks.run(train, 2, job.to_json())
-    assert "it is to go 5 steps back, and has made 4" in failure.value.outcomes[1].error
+        run_scheduled(ranks, job, settings)
+    assert failure.value.outcomes[0].error_type == "resume_kit.errors.ResumeRefused"
+    text = str(failure.value.outcomes[0].error)
+    assert "must not be resumed by this run" in text
+    return text
+
+
+def test_a_schedule_that_the_save_did_not_have_has_no_place_to_go_on_from(
+    ranks: Ranks, saved: MegatronJob, tmp_path: Path
+) -> None:
+    job = saved.but(run_dir=str(tmp_path / "without"), tp=1, steps=1, save_every=1)
+    run_scheduled(ranks, job, None)
+    text = refused_schedule(ranks, job.but(policy={"learning_rate": "override"}), {})
+    assert "the saved schedule (none) does not tell how far it had come" in text
+    text = refused_schedule(ranks, job.but(policy={"learning_rate": {"offset": 3}}), None)
+    assert "there is no live schedule that could be shifted by +3 steps" in text
+
+
+def test_settings_that_megatron_does_not_save_are_compared_and_kept(
+    ranks: Ranks, saved: MegatronJob, tmp_path: Path
+) -> None:
+    settings = {"lr_decay_style": "WSD", "wsd_decay_steps": 100, "lr_wsd_decay_style": "linear", "init_lr": 1e-5}
+    job = saved.but(run_dir=str(tmp_path / "wsd"), tp=1, steps=2)
+    kept = run_scheduled(ranks, job, settings).ended["scheduler"]["state"]
+    assert {name: kept[name] for name in settings} == settings
+    other = {**settings, "wsd_decay_steps": 50, "lr_wsd_decay_style": "cosine", "init_lr": 1e-3}
+    text = refused_schedule(ranks, job, other)
+    for difference in (
+        "schedule.wsd_decay_steps: saved with 100, live 50",
+        "schedule.lr_wsd_decay_style: saved with 'linear', live 'cosine'",
+        "schedule.init_lr: saved with 1e-05, live 0.001",
+    ):
+        assert difference in text
+    taken = run_scheduled(ranks, job.but(policy={"learning_rate": "override"}), other).resumed["scheduler"]["state"]
+    assert {name: taken[name] for name in other} == other and taken["num_steps"] == 8
+
+
+def counted(rank: int, world_size: int, options: dict[str, Any]) -> Watched:
+    """`watch`, with an optimizer that counts its steps in its groups, as fused ones do."""
+    from launch.megatron_training import Training
+
+    inner = Training.step
+
+    def step(self: Any, batches: Any) -> Any:
+        result = inner(self, batches)
+        for group in self.optimizer.param_groups:
+            group["step"] = group.get("step", 0) + 1
+        return result
+
+    Training.step = step  # type: ignore[method-assign]
+    return watch(rank, world_size, options, megatron=True)
+
+
+def test_a_step_that_the_groups_count_starts_from_zero_too(ranks: Ranks, saved: MegatronJob, tmp_path: Path) -> None:
+    job = saved.but(run_dir=str(tmp_path / "fused"), tp=1, steps=2)
+    ranks.run(counted, 1, job.to_json())
+    (kept,) = ranks.run(counted, 1, job.but(run_dir=copied(job, tmp_path).run_dir, steps=3).to_json())
+    assert kept.resumed["group steps"] == [2, 2] and kept.ended["group steps"] == [3, 3]
+    (reset,) = ranks.run(counted, 1, job.but(steps=3, policy={"optimizer_state": "reset"}).to_json())
+    assert reset.resumed["group steps"] == [None, None] and reset.ended["group steps"] == [1, 1]
+
+
+def test_another_rate_of_one_sort_of_weights_leaves_the_groups_in_their_order(
+    ranks: Ranks, saved: MegatronJob, tmp_path: Path
+) -> None:
+    job = saved.but(run_dir=str(tmp_path / "rates"), tp=1, steps=2)
+    ranks.run(functools.partial(halved, lr=1e-4), 1, job.to_json())
+    other = job.but(steps=3, policy={"learning_rate": "override"})
+    (found,) = ranks.run(functools.partial(halved, lr=1e-3), 1, other.to_json())
+    assert found.resumed_at == 2 and found.parts() == {"learning rate"}
+
+
+def halved(rank: int, world_size: int, options: dict[str, Any], *, lr: float) -> Watched:
+    """`watch`, with half the LR for weights without decay: 5e-05 is more than 0.0001 as a text."""
+    from launch import megatron_training
+
+    make = megatron_training._schedule
+
+    def schedule(config: Any, optimizer: Any) -> Any:
+        for group in optimizer.param_groups:
+            group["max_lr"] = lr / 2 if group["wd_mult"] == 0 else lr
+        return make(config, optimizer)
+
+    megatron_training._schedule = schedule
+    return watch(rank, world_size, options, megatron=True)
 
 
 @pytest.mark.parametrize("options", [{}, PLAIN])

@@ -49,3 +49,12 @@ def test_it_survives_a_save() -> None:
 
 def test_a_checkpoint_of_before_any_policy_is_taken() -> None:
     assert kept(3).to_plain() == KeptState().to_plain()
+
+
+def test_orders_to_a_run_without_a_checkpoint_count_as_done() -> None:
+    state = KeptState()
+    state.begin({"learning_rate": {"rewarm": 4}, "optimizer_state": "reset"})
+    plain = state.to_plain()
+    assert plain.pop("applied") == {"learning_rate": {"rewarm": 4}, "optimizer_state": "reset"}
+    assert plain == {key: value for key, value in KeptState().to_plain().items() if key != "applied"}
+    assert state.factor(0) == 1.0

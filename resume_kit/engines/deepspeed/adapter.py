@@ -27,7 +27,8 @@ from resume_kit.engines.pieces import (
     split_state,
     weight_spec,
 )
-from resume_kit.engines.schedules import advance_torch_schedule
+from resume_kit.engines.schedules import advance_torch_schedule, torch_schedule_problems, torch_schedule_settings
+from resume_kit.errors import Problem
 
 #: `micro_steps` is not among them: between steps it is a multiple of the accumulation, which may change.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -98,6 +99,7 @@ class DeepSpeedAdapter:
         }
         module_config: Any = getattr(self._module, "config", None)
         model = module_config.to_dict() if hasattr(module_config, "to_dict") else {}
+        schedule = torch_schedule_settings(self._engine.lr_scheduler)
         return ModelDescription(
             weights=tuple(self._weight_specs()),
             trainable=frozenset(masters),
@@ -113,6 +115,7 @@ class DeepSpeedAdapter:
                 "module structure": canonical.digest(repr(self._module).encode()),
                 "optimizer": type(self._layout.base).__name__,
                 "scheduler": None if self._engine.lr_scheduler is None else type(self._engine.lr_scheduler).__name__,
+                **({"schedule": schedule} if schedule else {}),
                 "deepspeed": training_config(self._engine),
             },
         )
@@ -166,7 +169,10 @@ class DeepSpeedAdapter:
     def publish(self) -> None:
         self._layout.publish()
 
-    def advance_schedule(self, saved: Mapping[str, Any], offset: int) -> None:
+    def schedule_problems(self, saved: Mapping[str, Any], offset: int, samples_per_step: int) -> list[Problem]:
+        return torch_schedule_problems(self._engine.lr_scheduler, saved["scheduler"], offset)
+
+    def advance_schedule(self, saved: Mapping[str, Any], offset: int, samples_per_step: int) -> None:
         advance_torch_schedule(self._engine.lr_scheduler, saved["scheduler"], offset)
 
     def load_state(self, state: Mapping[str, Any]) -> None:

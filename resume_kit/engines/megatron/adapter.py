@@ -16,16 +16,18 @@ from resume_kit.engines.megatron.forward import gpt_loss
 from resume_kit.engines.megatron.geometry import geometry
 from resume_kit.engines.megatron.grid import Grid
 from resume_kit.engines.megatron.groups import LogicalGroups
-from resume_kit.engines.megatron.logical import local_buffers, local_weights, unwrapped
+from resume_kit.engines.megatron.logical import keep_float_biases, local_buffers, local_weights, unwrapped
 from resume_kit.engines.megatron.ownership import Ownership, masters_of, single_optimizers
 from resume_kit.engines.megatron.support import (
     model_config,
     require_supported,
     schedule_config,
+    schedule_state,
     split_config,
 )
 from resume_kit.engines.pieces import dtype_name, hook_updates, make_room, split_state, weight_spec
-from resume_kit.engines.schedules import shifted
+from resume_kit.engines.schedules import position_problems, require_position, samples_of_a_step
+from resume_kit.errors import Problem
 
 
 class MegatronAdapter:
@@ -37,6 +39,7 @@ class MegatronAdapter:
         self._engine = engine
         self._model = unwrapped(engine.model_chunks[0])
         self._ddp = engine.model_chunks[0].ddp_config
+        keep_float_biases(engine.model_chunks)
         self._weights = local_weights(engine.model_chunks, self._grid)
         self._masters = masters_of(engine.optimizer)
         self._ownership = Ownership(self._grid, distributed=self._ddp.use_distributed_optimizer)
@@ -92,7 +95,8 @@ class MegatronAdapter:
 
     def describe(self) -> ModelDescription:
         trainable = {part.name for w in self._weights if w.weight.requires_grad for part in w.parts}
-        model, spreading = model_config(self._model.config)
+        model, spreading = model_config(self._model)
+        gradients, gradient_spreading = split_config(self._ddp)
         single = single_optimizers(self._engine.optimizer)
         optimizer, optimizer_spreading = split_config(self._engine.optimizer.config)
         scheduler = self._engine.scheduler
@@ -111,12 +115,13 @@ class MegatronAdapter:
             groups=self._groups.describe(),
             pinned={
                 "model": model,
+                "gradients": gradients,
                 "geometry": geometry(self._model, self._weights),
                 "optimizer": type(single[0].optimizer).__name__ if single else None,
                 "optimizer config": optimizer,
                 "scheduler": None if scheduler is None else type(scheduler).__name__,
                 "schedule": schedule_config(scheduler),
-                "parallel": {**spreading, **optimizer_spreading},
+                "parallel": {**spreading, **optimizer_spreading, **gradient_spreading},
             },
             partial=True,
         )
@@ -157,7 +162,7 @@ class MegatronAdapter:
             "counters": {"steps": self._engine.steps, "skipped_steps": self._engine.skipped},
             "scheduler": None
             if scheduler is None
-            else {"class": type(scheduler).__name__, "state": scheduler.state_dict()},
+            else {"class": type(scheduler).__name__, "state": schedule_state(scheduler)},
             "scaler": self._scaler(),
         }
 
@@ -173,14 +178,20 @@ class MegatronAdapter:
         if self._ddp.use_distributed_optimizer:
             self._gather()
 
-    def advance_schedule(self, saved: Mapping[str, Any], offset: int) -> None:
+    def schedule_problems(self, saved: Mapping[str, Any], offset: int, samples_per_step: int) -> list[Problem]:
+        schedule, position = saved.get("scheduler"), None
+        if schedule:
+            position = int(schedule["state"]["num_steps"]) // samples_of_a_step(saved, samples_per_step)
+        live = self._engine.scheduler is not None
+        return position_problems(live=live, saved=schedule, position=position, offset=offset)
+
+    def advance_schedule(self, saved: Mapping[str, Any], offset: int, samples_per_step: int) -> None:
+        require_position(self.schedule_problems(saved, offset, samples_per_step))
         scheduler = self._engine.scheduler
-        if scheduler is None or not saved.get("scheduler"):
-            return
-        samples = int(saved["scheduler"]["state"]["num_steps"])
-        per_step = max(1, samples // max(1, int(saved["counters"]["steps"])))
-        scheduler.num_steps = shifted(samples // per_step, offset) * per_step + samples % per_step
-        scheduler.step(increment=0)
+        if scheduler is not None:
+            counted = int(saved["scheduler"]["state"]["num_steps"])
+            scheduler.num_steps = counted + offset * samples_of_a_step(saved, samples_per_step)
+            scheduler.step(increment=0)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._engine.steps = state["counters"]["steps"]

@@ -1,4 +1,8 @@
-"""Megatron's parameter groups without the topology in them: with expert parallelism a group is split in two."""
+"""Megatron's parameter groups without the topology in them: with expert parallelism a group is split in two.
+
+Their order is the same on all ranks, in all topologies, and under other rates and decays: by what sort of group each
+is, and only among groups of one sort by their numbers. Megatron's own would depend on where the experts are.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,16 @@ from resume_kit.checkpoint import canonical
 from resume_kit.engines.megatron.logical import LocalWeight
 from resume_kit.engines.megatron.ownership import masters_of, single_optimizers
 from resume_kit.engines.pieces import hyperparameters, set_hyperparameters
+from resume_kit.errors import InconsistentState, Problem
+from resume_kit.integrity.differences import differences
 
 _TOPOLOGICAL = ("is_expert_parallel",)
+
+#: Factors on rates and decays that tell sorts of groups apart, as biases without decay from weights with it.
+_FACTORS = ("wd_mult", "lr_mult")
+
+#: Where fused optimizers count the steps of a group, and only of one that has params on this rank.
+_STEP = "step"
 
 
 class LogicalGroups:
@@ -26,7 +38,7 @@ class LogicalGroups:
             identity = canonical.dumps(canonical.encode(values))
             built[identity] = values
             self._physical.setdefault(identity, []).append(group)
-        self._order = sorted(built)
+        self._order = sorted(built, key=lambda identity: (*_sort_of_group(built[identity]), identity))
         self._built = built
         self._members = {identity: self._names(optimizer, weights, identity) for identity in self._order}
 
@@ -40,13 +52,36 @@ class LogicalGroups:
         return tuple({"members": self._members[identity], **self._built[identity]} for identity in self._order)
 
     def values(self) -> list[dict[str, Any]]:
-        """As they are now."""
-        return [hyperparameters(self._physical[identity][0], _TOPOLOGICAL) for identity in self._order]
+        """As they are now. Raises `InconsistentState` where parts of one group have come apart."""
+        problems: list[Problem] = []
+        found = [self._value(number, self._physical[identity], problems) for number, identity in enumerate(self._order)]
+        if problems:
+            raise InconsistentState("parts of one parameter group have come apart", problems)
+        return found
 
     def load(self, saved: Sequence[Mapping[str, Any]]) -> None:
         for identity, values in zip(self._order, saved, strict=True):
             for group in self._physical[identity]:
                 set_hyperparameters(group, values)
+
+    def _value(self, number: int, parts: Sequence[Mapping[str, Any]], problems: list[Problem]) -> dict[str, Any]:
+        first, *others = [self._counted(part) for part in parts]
+        for other in others:
+            for path, one, two in differences(first, other):
+                what = f"{one} for some of its weights, {two} for others"
+                remedy = "change hyperparameters of dense and expert weights alike, or before the kit is made"
+                problems.append(Problem("optimizer groups", f"group {number}, {path}", what, remedy))
+        return first
+
+    def _counted(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """A physical group's values; one without params on this rank has taken the steps of those that have some."""
+        values = hyperparameters(part, _TOPOLOGICAL)
+        if not part["params"]:
+            every = (group for groups in self._physical.values() for group in groups)
+            counted = [group for group in every if group["params"]]
+            if counted and _STEP in counted[0]:
+                values[_STEP] = hyperparameters(counted[0])[_STEP]
+        return values
 
     def _names(self, optimizer: Any, weights: Sequence[LocalWeight], identity: bytes) -> list[str]:
         """Members on this rank. A weight none of whose elements this rank updates is another rank's to name."""
@@ -60,3 +95,10 @@ class LogicalGroups:
                 for part in weight.parts
             }
         )
+
+
+def _sort_of_group(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What to order groups by: flags, factors, then all numbers as numbers."""
+    flags = {key: value for key, value in values.items() if value is None or isinstance(value, bool | str)}
+    numbers = [(key, value) for key, value in sorted(values.items()) if type(value) in (int, float)]
+    return canonical.dumps(flags), [values.get(name, 1.0) for name in _FACTORS], numbers
