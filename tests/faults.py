@@ -38,6 +38,16 @@ class Faults:
             then(lambda: _flip_bit(next(p.data for p in adapter.pieces() if p.spec.key.kind == "param")))
         if "flip-copy" in self._mine:
             then(lambda: _flip_bit(next(_copies(adapter))))
+        for name, kind in (("flip-copied-moment", "exp_avg"), ("flip-copied-master", "master")):
+            if name in self._mine:
+                then(lambda kind=kind: _flip_bit(next(_copies(adapter, kind))))
+        if "lost-copy" in self._mine:
+            every = adapter.pieces
+            adapter.pieces = lambda: [p for p in every() if not (p.copy and "mlp.linear_fc1.w" in p.spec.key.name)]
+        if "extra-generator" in self._mine:
+            _change_generators(lambda states: states.update({"mine": torch.get_rng_state()}))
+        if "lost-generator" in self._mine:
+            _change_generators(lambda states: states.pop("data-parallel-rng"))
         if "zero-moments" in self._mine:
             then(lambda: [p.data.zero_() for p in adapter.pieces() if p.spec.key.kind.startswith("exp_avg")])
         if "wrong-step" in self._mine:
@@ -86,8 +96,11 @@ class Faults:
         if "extra-step-counter" in self._mine:
             counter = "steps" if _is_megatron(kit._adapter) else "global_steps"
             setattr(engine, counter, getattr(engine, counter) + 1)
-        if "drift-weight" in self._mine and kit.step_number == 3:
-            _flip_bit(next(_copies(kit._adapter)))
+        if "forgotten-step" in self._mine:
+            engine.steps -= 1
+        for name, kind in (("drift-weight", "param"), ("drift-moment", "exp_avg"), ("drift-master", "master")):
+            if name in self._mine and kit.step_number == 3:
+                _flip_bit(next(_copies(kit._adapter, kind)))
         if "zero-saved-moments" in self._all and kit.step_number == 3:
             for piece in kit._adapter.pieces():
                 if piece.spec.key.kind == "exp_avg":
@@ -110,13 +123,14 @@ def _is_megatron(adapter: Any) -> bool:
     return adapter.topology["engine"] == "megatron"
 
 
-def _copies(adapter: Any) -> Iterator[torch.Tensor]:
-    """Memory of this rank with copies of weights, or of single elements of them, that other ranks own."""
-    yield from (replica.data.view(-1) for replica in adapter.replicas() if not replica.restored)
+def _copies(adapter: Any, kind: str = "param") -> Iterator[torch.Tensor]:
+    """Memory of this rank with copies of tensors, or of single elements of them, that other ranks own."""
+    if kind == "param":
+        yield from (replica.data.view(-1) for replica in adapter.replicas() if not replica.restored)
     pieces = adapter.pieces()
     owned = [(p.data.data_ptr(), p.data.data_ptr() + p.data.nbytes) for p in pieces if p.owned]
     for piece in pieces:
-        if piece.copy and piece.spec.key.kind == "param":
+        if piece.copy and piece.spec.key.kind == kind:
             for element in (piece.data[:1], piece.data[-1:]):
                 if not any(start <= element.data_ptr() < stop for start, stop in owned):
                     yield element
@@ -129,6 +143,15 @@ def _optimizer_states(adapter: Any) -> Iterator[dict[str, Any]]:
     inner = single_optimizers(adapter._engine.optimizer) if _is_megatron(adapter) else [adapter._engine.optimizer]
     for one in inner:
         yield from one.optimizer.state.values()
+
+
+def _change_generators(change: Any) -> None:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    states = tracker.get_states()
+    change(states)
+    tracker.set_states(states)
 
 
 def _flip_bit(data: torch.Tensor) -> None:

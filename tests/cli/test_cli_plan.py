@@ -218,3 +218,29 @@ def vouch_for(index: Path, rank: int) -> None:
     raw = index.read_bytes()
     stated = {"bytes": len(raw), "digest": canonical.digest(raw), "file": index.name}
     resign(index.parent / "manifest.json", lambda document: document["ranks"][rank].update(index=stated))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"holders": {"layers.0.weight": 5}},
+        {"carried": [5]},
+        {"carried": [{"engine": "megatron"}]},
+        {"engine": {"engine": "megatron", "world_size": "eight"}},
+        {"engine": {"engine": "megatron", "world_size": 8, "tensor_parallel": "two"}},
+    ],
+    ids=["holders", "carried", "carried without its size", "world size", "axis"],
+)
+def test_a_signed_manifest_that_says_odd_things_is_damaged(cli: Cli, megatron: Path, change: dict[str, Any]) -> None:
+    resign(megatron / "manifest.json", lambda document: document.update(change))
+    result = cli("plan", megatron, "--target", "world=4,tp=2")
+    assert result.code == 1
+    assert f"{next(iter(change))} is not what the format says" in result.out + result.err
+    assert "Traceback" not in result.out + result.err
+
+
+@pytest.mark.parametrize("lacking", ["tensor_parallel", "data_parallel", "expert_parallel", "pipeline_parallel"])
+def test_a_signed_manifest_whose_engine_lacks_an_axis_gets_an_answer(cli: Cli, megatron: Path, lacking: str) -> None:
+    resign(megatron / "manifest.json", lambda document: document["engine"].pop(lacking))
+    result = cli("plan", megatron, "--target", "world=4,tp=2", "--json")
+    assert result.code in (0, 1) and "changes" in result.json

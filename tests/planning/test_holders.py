@@ -33,6 +33,14 @@ def test_anything_else_is_refused(text: str) -> None:
         parse_ranks(text)
 
 
+def test_ranks_below_a_world_size() -> None:
+    assert parse_ranks("0-2,4", below=5) == [0, 1, 2, 4]
+    assert parse_ranks("", below=0) == []
+    for text in ("0-2,5", "0-5", "5", f"0-{10**12}"):
+        with pytest.raises(ValueError, match=r"rank \d+ in '.*', of 5 ranks"):
+            parse_ranks(text, below=5)
+
+
 def test_holders_count_every_kind_stored_or_not() -> None:
     master = TensorSpec(TensorKey("master", "w"), "float32", (10,))
     low = TensorSpec(TensorKey("param", "w"), "bfloat16", (10,))

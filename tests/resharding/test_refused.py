@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from resume_kit.checkpoint.manifest import read_manifest
 from resume_kit.checkpoint.reading import read_index
 from tests import jobs, megatron_jobs
 from tests.conftest import Ranks
-from tests.damage import flip_bit
+from tests.damage import flip_bit, resign
 from tests.megatron_jobs import MegatronJob
 from tests.ranks import RankFailure, run_ranks
 from tests.resharding.stays import stay
@@ -73,6 +74,43 @@ def test_a_bit_flipped_in_a_block_that_is_read_in_part_falls_back(
     assert good.tensors and {(e.spec, e.fingerprint) for e in good.tensors} == {
         (e.spec, e.fingerprint) for e in again.tensors
     }
+
+
+def _hold(ranks: str) -> Callable[[dict[str, Any]], None]:
+    return lambda document: document.update(holders=dict.fromkeys(document["holders"], ranks))
+
+
+ODD: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "holders no ranks": _hold("abc"),
+    "holders out of the world": _hold("7-9"),
+    "holders without end": _hold(f"0-{10**12}"),
+    "holders a number": lambda document: document["holders"].update(dict.fromkeys(document["holders"], 5)),
+    "carried a number": lambda document: document.update(carried=[5]),
+    "carried without its size": lambda document: document.update(carried=[{"engine": "megatron"}]),
+    "carried without its records": lambda document: document.update(
+        carried=[{**document["engine"], "tensor_parallel": 1, "pipeline_parallel": 1, "data_parallel": 8}]
+    ),
+    "carried where the run is now": lambda document: document.update(
+        carried=[{**document["engine"], "tensor_parallel": 1, "pipeline_parallel": 2, "expert_tensor_parallel": 1}]
+    ),
+    "an engine of a size in words": lambda document: document["engine"].update(world_size="two"),
+    "an engine without its axes": lambda document: document["engine"].pop("tensor_parallel"),
+    "an engine of more ranks": lambda document: document["engine"].update(data_parallel=9, pipeline_parallel=9),
+    "an engine of axes in words": lambda document: document["engine"].update(tensor_parallel="two"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_a_signed_manifest_that_says_odd_things_is_damage_and_falls_back(
+    what: str, ranks: Ranks, saved: dict[str, Trip], tmp_path: Path
+) -> None:
+    goal = saved["megatron"].goal
+    job = copied(goal.job, tmp_path)
+    resign(Path(job.run_dir) / names.step_directory(4) / names.MANIFEST, ODD[what])
+    for found in ranks.run(stay, goal.world, job, 2):
+        assert found.resumed_at == 2
+        (rejected,) = found.rejected
+        assert rejected["checkpoint"] == names.step_directory(4) and rejected["problems"]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from tests import megatron_jobs
 from tests.conftest import Ranks
-from tests.damage import resign
+from tests.damage import resign, resign_index
 from tests.jobs import Job, build, text_file, train
+from tests.megatron_jobs import MegatronJob
 from tests.ranks import RankFailure, run_ranks
+from tests.resharding.stays import stay
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +169,112 @@ def unsupported(rank: int, world_size: int, options: dict[str, Any]) -> str:
 def test_what_would_not_be_saved_whole_is_refused_at_once(ranks: Ranks, copy: Job) -> None:
     job = copy.but(stage=1, zero={"round_robin_gradients": True})
     assert "round_robin_gradients" in ranks.run(unsupported, 2, job.to_json())[0]
+
+
+@pytest.mark.parametrize(("fault", "counted"), [("forgotten-step", 0), ("extra-step-counter", 2)])
+def test_a_step_that_megatrons_engine_is_not_told_of_once_is_refused(
+    fault: str, counted: int, ranks: Ranks, tmp_path: Path
+) -> None:
+    job = MegatronJob(run_dir=str(tmp_path / "run"), data=text_file(tmp_path), tp=2, steps=3, save_every=1)
+    with pytest.raises(RankFailure) as failure:
+        ranks.run(megatron_jobs.train, 2, job.to_json(), [f"{fault}@0", f"{fault}@1"])
+    for outcome in failure.value.outcomes:
+        assert outcome.error_type == "resume_kit.errors.UsageError"
+        assert "the kit is not told of every step" in outcome.error
+        assert f"the engine has counted {counted} optimizer steps" in outcome.error
+    assert [path.name for path in Path(job.run_dir).iterdir()] == ["journal.jsonl"]
+
+
+RESHARD = {"topology": "reshard"}
+
+
+@pytest.fixture(scope="module")
+def sharded(fork_server: None, tmp_path_factory: pytest.TempPathFactory) -> MegatronJob:
+    """A Megatron run on two data-parallel ranks with a checkpoint of step 1."""
+    folder = tmp_path_factory.mktemp("sharded")
+    job = MegatronJob(run_dir=str(folder / "run"), data=text_file(folder), save_every=0)
+    run_ranks(stay, 2, job, 1, 1)
+    return job
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("extra-generator", "rank 1, engine:mine: this rank has the generator, the save has no record of its stream"),
+        ("lost-generator", "rank 1, engine:data-parallel-rng: recorded, but this rank has no such generator"),
+    ],
+)
+def test_a_stream_is_not_derived_where_records_are_to_be_restored(
+    fault: str, expected: str, ranks: Ranks, sharded: MegatronJob, tmp_path: Path
+) -> None:
+    job = sharded.but(
+        run_dir=str(shutil.copytree(sharded.run_dir, tmp_path / "run")), distributed_optimizer=False, policy=RESHARD
+    )
+    with pytest.raises(RankFailure) as failure:
+        ranks.run(stay, 2, job, 1, None, [fault])
+    for outcome in failure.value.outcomes:
+        assert outcome.error_type == "resume_kit.errors.ResumeRefused"
+        assert expected in outcome.error and "set the policy `rng: derive`" in outcome.error
+        assert "rank 0" not in outcome.error
+    assert ranks.run(stay, 2, job.but(policy={**RESHARD, "rng": "derive"}), 1, None, [fault])[1].resumed_at == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda rng: rng.pop("numpy"), "rank 1, numpy: this rank has the generator, the save has no record"),
+        (lambda rng: rng.update(mine=rng["torch"]), "rank 1, mine: recorded, but this rank has no such generator"),
+    ],
+    ids=["no record", "no generator"],
+)
+def test_another_zero_stage_alone_restores_every_stream_or_refuses(
+    change: Any, expected: str, ranks: Ranks, copy: Job
+) -> None:
+    job = copy.but(stage=1, policy=RESHARD)
+    resign_index(Path(copy.run_dir) / "step-000000004", 1, lambda index: change(index["rng"]))
+    text = refused(ranks, job)
+    assert text.startswith("resume_kit.errors.ResumeRefused") and expected in text
+    assert "rank 0" not in text
+
+
+def test_there_and_back_restores_the_streams_that_were_carried_along(
+    ranks: Ranks, sharded: MegatronJob, tmp_path: Path
+) -> None:
+    here = sharded.but(run_dir=str(shutil.copytree(sharded.run_dir, tmp_path / "run")), policy=RESHARD)
+    records = [found.records[-1] for found in ranks.run(stay, 2, sharded, 2)]
+    with pytest.raises(RankFailure, match="there is no RNG record"):
+        ranks.run(stay, 1, here, 1)
+    ranks.run(stay, 1, here.but(policy={"preset": "flexible"}), 1, 1)
+    back = ranks.run(stay, 2, here, 2)
+    assert [found.resumed_at for found in back] == [1, 1]
+    assert [{**found.records[-1], "grad_norm": 0} for found in back] == [{**r, "grad_norm": 0} for r in records]
+
+
+def reconfigured(
+    rank: int, world_size: int, options: dict[str, Any], config: dict[str, Any], faults: list[str]
+) -> list[str]:
+    """Resume at step 4 with a configuration of the run's own; the report's warnings about the gate."""
+    from resume_kit import Policy, ResumeKit
+    from tests.faults import Faults
+
+    job = Job(**options)
+    engine, loader = build(rank, world_size, job)
+    policy = Policy.from_mapping(job.policy)
+    kit = ResumeKit(engine, loader, policy, run_dir=job.run_dir, config=config, show=lambda _: None)
+    Faults(faults, rank).before_resume(engine, kit)
+    assert kit.resume() == 4
+    assert kit.report is not None
+    return [str(check.figure) for check in kit.report.checks if check.verdict == "warn" and check.stage == "gate"]
+
+
+def test_a_gate_stays_strict_where_only_the_runs_own_configuration_differs(ranks: Ranks, copy: Job) -> None:
+    lenient = copy.but(policy={"configuration": "warn"})
+    config = {"seed": copy.seed, "note": "another cluster"}
+    with pytest.raises(RankFailure) as failure:
+        ranks.run(reconfigured, 2, lenient.to_json(), config, ["other-forward"])
+    for outcome in failure.value.outcomes:
+        assert outcome.error_type == "resume_kit.errors.ResumeRefused"
+        assert "the state is as saved, so the computation differs" in outcome.error
+    moved = lenient.but(model={"layer_norm_epsilon": 0.1})
+    for warnings in ranks.run(reconfigured, 2, moved.to_json(), config, []):
+        assert warnings and any("at the save" in text for text in warnings)
