@@ -35,7 +35,7 @@ demo: $(READY) ## kill a multi-rank run and resume it, bit-identical (no GPU nee
 test: lint ## lint, then all tests but the long ones of `make soak`
 	@$(PY) -m pytest -m 'not slow'
 
-soak: $(READY) ## the long tests: SIGKILLs over ZeRO on 2 and 4 ranks and over Megatron, the whole matrix (about 25 minutes)
+soak: $(READY) ## the long tests: SIGKILLs over ZeRO on 2 and 4 ranks and over Megatron, the whole matrix (about ten minutes)
 	@$(PY) -m pytest -m slow -s
 
 matrix: $(READY) ## there, back and on between all topologies of the matrix (about ten minutes); OUT=... takes the results
