@@ -48,6 +48,8 @@ class Faults:
             _change_generators(lambda states: states.update({"mine": torch.get_rng_state()}))
         if "lost-generator" in self._mine:
             _change_generators(lambda states: states.pop("data-parallel-rng"))
+        if "kept-moments" in self._mine:
+            then(lambda: _keep_moments(adapter))
         if "zero-moments" in self._mine:
             then(lambda: [p.data.zero_() for p in adapter.pieces() if p.spec.key.kind.startswith("exp_avg")])
         if "wrong-step" in self._mine:
@@ -162,3 +164,9 @@ def _flip_bit(data: torch.Tensor) -> None:
 def _flip_sign(data: torch.Tensor) -> None:
     with torch.no_grad():
         data[data.numel() // 2].neg_()
+
+
+def _keep_moments(adapter: Any) -> None:
+    """Optimizer state that a reset has left behind (DeepSpeed)."""
+    for _, flat in adapter._layout.flats():
+        adapter._layout.base.state[flat] |= {"exp_avg": torch.ones_like(flat), "step": torch.tensor(4.0)}

@@ -99,6 +99,9 @@ def judge(
     covered = dict(zip(keys, sums.elements[0], strict=True))
     wrong = {k: v for k, v in sums.owned.items() if v != expected[k] or covered[k] != numel[k]}
     problems = [Problem("fingerprint", str(key), "live, but not in the manifest", _REMEDY) for key in found.unknown]
+    if not moments:
+        left = sorted({str(p.spec.key) for p in found.pieces if p.spec.key.kind not in MODEL_KINDS})
+        problems += [Problem("optimizer state", f"rank {rank}, {key}", "live after its reset", _REMEDY) for key in left]
     problems += _wrong_owners(found, wrong, entries, index, rank)
     problems += _wrong_casts(found.pieces, recast, rank)
     odd = [(str(key), copy) for key, copy in sums.odd_copies(expected, numel) if key not in wrong]
@@ -186,12 +189,12 @@ def prove_state(adapter: EngineAdapter, restored: Mapping[str, Any], rank: int) 
         Problem("state", f"rank {rank}, {path}", f"live {brief(new)}, saved {brief(old)}", _REMEDY)
         for path, old, new in differences(_plain(saved), live)
     ]
-    for name, values in adapter.scalars().items() if scalars else ():
+    for name, values in adapter.scalars().items():
         problems += [
             Problem(
                 "optimizer scalars", f"rank {rank}, {name}.{path}", f"live {brief(new)}, saved {brief(old)}", _REMEDY
             )
-            for path, old, new in differences(scalars.get(name), _plain(values))
+            for path, old, new in differences(scalars.get(name, {}), _plain(values))
         ]
     return problems
 

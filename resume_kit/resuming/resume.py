@@ -117,7 +117,7 @@ class Resumer:
                 raise UsageError(f"there is no checkpoint of step {self._at}; there are {candidates or 'none'}")
             candidates = [self._at]
         damage: list[Problem] = []
-        self._constructed = self._adapter.state()
+        self._coordinator.round("as constructed", lambda: self._constructed.update(self._adapter.state()), _nothing)
         for step in candidates:
             directory = self._run / names.step_directory(step)
             try:

@@ -23,7 +23,7 @@ from resume_kit.engines.fingerprint import as_unsigned, fingerprints
 from resume_kit.engines.totals import UNCOVERED, copies_of, guilty, totals
 from resume_kit.errors import InconsistentState, Problem, SaveFailed
 from resume_kit.integrity.assembly import assemble, require_state
-from resume_kit.planning.holders import holders_of
+from resume_kit.planning.holders import format_ranks, holders_of, parse_ranks
 from resume_kit.planning.reads import piece_bytes
 from resume_kit.saving.staging import Arena, cast_matches, stage
 
@@ -186,11 +186,17 @@ def _require_equal_copies(
 
     Raises `InconsistentState` naming the ranks and boxes that drifted.
     """
-    copied = sorted({p.spec.key.kind for p in pieces if p.copy})
-    every = coordinator.gather("save: copies", lambda: (copied, copies_of(pieces)))
-    kinds = sorted({kind for copied, _ in every for kind in copied})
     tensors = sorted({spec.key.name for spec in (*description.weights, *description.buffers)})
-    keys = [TensorKey(kind, name) for kind in kinds for name in tensors]
+    number = {name: i for i, name in enumerate(tensors)}
+    mine: dict[str, set[int]] = {}
+    for piece in pieces:
+        if piece.copy and piece.spec.key.name in number:  # a tensor that came later is refused when all agree
+            mine.setdefault(piece.spec.key.kind, set()).add(number[piece.spec.key.name])
+    every = coordinator.gather(
+        "save: copies", lambda: ({kind: format_ranks(found) for kind, found in mine.items()}, copies_of(pieces))
+    )
+    copied = {(kind, i) for rows, _ in every for kind, text in rows.items() for i in parse_ranks(text)}
+    keys = [TensorKey(kind, tensors[i]) for kind, i in sorted(copied)]
     if not keys:
         return
     known = set(keys)

@@ -278,3 +278,15 @@ def test_a_gate_stays_strict_where_only_the_runs_own_configuration_differs(ranks
     moved = lenient.but(model={"layer_norm_epsilon": 0.1})
     for warnings in ranks.run(reconfigured, 2, moved.to_json(), config, []):
         assert warnings and any("at the save" in text for text in warnings)
+
+
+def test_a_reset_that_leaves_state_behind_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+    job = Job(run_dir=str(tmp_path / "run"), data=text_file(tmp_path), steps=2, save_every=2)
+    ranks.run(train, 2, job.to_json())
+    reset = job.but(steps=3, policy={"optimizer_state": "reset"})
+    with pytest.raises(RankFailure) as failure:
+        ranks.run(train, 2, reset.to_json(), ["kept-moments"])
+    text = failure.value.outcomes[0].error
+    assert "rank 1, exp_avg/" in text and "live after its reset" in text
+    assert "[optimizer scalars] rank 1, " in text
+    assert ranks.run(train, 2, reset.to_json())[0]["resumed_at"] == 2
