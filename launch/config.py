@@ -14,6 +14,7 @@ import yaml
 
 from resume_kit.errors import Problem, UsageError
 from resume_kit.policy.policy import Policy
+from resume_kit.saving.options import Saving
 
 
 @dataclass
@@ -42,13 +43,17 @@ class DataConfig:
 
 @dataclass
 class SharedConfig:
-    """What every training entry has. `policy` holds the fields of the kit's policy, a preset's name among them."""
+    """What every training entry has. `policy` holds the fields of the kit's policy, a preset's name among them.
+
+    `saving` says how saves go, see `resume_kit.Saving`.
+    """
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 1234
     micro_batch_size: int = 4
     policy: dict[str, Any] = field(default_factory=dict)
+    saving: Saving = field(default_factory=Saving)
 
     def problems(self) -> list[Problem]:
         """All values that cannot be meant."""

@@ -60,6 +60,7 @@ def train(config: MegatronConfig) -> None:
         Policy.from_mapping(config.policy),
         run_dir=config.run.dir,
         save_every=config.run.save_every,
+        saving=config.saving,
         retention=Retention(keep_last=config.run.keep_last, keep_every=config.run.keep_every),
         config=config.pinned(),
         timeout=config.run.timeout,

@@ -43,13 +43,13 @@ def uses_cuda() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
-def train(config: TrainConfig) -> None:
-    """Build engine and data, resume, and train to the end."""
+def build(config: TrainConfig) -> tuple[Any, Any]:
+    """Engine and resumable loader of a configuration, on a process group of its own making."""
     import deepspeed
     import torch
     import torch.distributed as dist
 
-    from resume_kit import Policy, ResumableLoader, ResumeKit, Retention, TokenDataset
+    from resume_kit import ResumableLoader, TokenDataset
     from resume_kit.data import standard_library_path
 
     cuda = uses_cuda()
@@ -77,13 +77,24 @@ def train(config: TrainConfig) -> None:
     seed_everything(config.seed)
     engine = build_engine(config, vocab_size=dataset.vocab_size)
     seed_everything(config.seed + 1 + rank)
+    return engine, loader
 
+
+def train(config: TrainConfig) -> None:
+    """Build engine and data, resume, and train to the end."""
+    import torch.distributed as dist
+
+    from resume_kit import Policy, ResumeKit, Retention
+
+    engine, loader = build(config)
+    rank = dist.get_rank()
     kit = ResumeKit(
         engine,
         loader,
         Policy.from_mapping(config.policy),
         run_dir=config.run.dir,
         save_every=config.run.save_every,
+        saving=config.saving,
         retention=Retention(keep_last=config.run.keep_last, keep_every=config.run.keep_every),
         config=config.pinned(),
         timeout=config.run.timeout,

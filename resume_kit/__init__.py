@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from resume_kit.policy.policy import Policy
     from resume_kit.run.kit import ResumeKit
     from resume_kit.run.retention import Retention
+    from resume_kit.saving.options import Saving
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ _HOMES = {
     "ResumeKit": "resume_kit.run.kit",
     "ResumeKitError": "resume_kit.errors",
     "Retention": "resume_kit.run.retention",
+    "Saving": "resume_kit.saving.options",
     "TokenDataset": "resume_kit.data",
 }
 
@@ -29,6 +31,7 @@ __all__ = [
     "ResumeKit",
     "ResumeKitError",
     "Retention",
+    "Saving",
     "TokenDataset",
 ]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import socket
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -46,7 +48,15 @@ def local_world_size() -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes of host memory that can be had without swapping; None where the system does not tell."""
+    """Bytes of host memory that can be had without swapping, on this host and in this process's cgroup.
+
+    None where the system tells neither.
+    """
+    found = [bytes_ for bytes_ in (_free_on_host(), *_free_in_cgroups()) if bytes_ is not None]
+    return min(found, default=None)
+
+
+def _free_on_host() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -55,3 +65,23 @@ def available_memory() -> int | None:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def _free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Bytes left under the limit of this process's cgroup (version 2) and of each around it. Page cache is left."""
+    try:
+        place = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return
+    here = root / place.lstrip("/")
+    for group in (here, *here.parents):
+        if not group.is_relative_to(root):
+            return
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            used = int((group / "memory.current").read_text())
+            cache = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        except (OSError, ValueError):
+            continue
+        if limit != "max":
+            yield max(0, int(limit) - used + (int(cache[1]) if cache else 0))

@@ -41,6 +41,7 @@ class Job:
     zero: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     keep_last: int = 3
+    saving: dict[str, Any] = field(default_factory=dict)
     timeout: float = 60.0
 
     def to_json(self) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def build(rank: int, world_size: int, job: Job) -> tuple[Any, Any]:
 def train(rank: int, world_size: int, options: dict[str, Any], faults: list[str] | None = None) -> dict[str, Any]:
     """Run a job to its end; return its step records, where it resumed, and the final state's digests."""
     from launch.entry import seed_everything
-    from resume_kit import Policy, ResumeKit, Retention
+    from resume_kit import Policy, ResumeKit, Retention, Saving
     from tests import faults as fault_table
 
     job = Job(**options)
@@ -174,6 +175,7 @@ def train(rank: int, world_size: int, options: dict[str, Any], faults: list[str]
         Policy.from_mapping(job.policy),
         run_dir=job.run_dir,
         save_every=job.save_every or None,
+        saving=Saving(**job.saving),
         retention=Retention(keep_last=job.keep_last),
         config={"seed": job.seed},
         timeout=job.timeout,

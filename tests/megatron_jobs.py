@@ -56,6 +56,7 @@ class MegatronJob:
     optimizer: dict[str, Any] = field(default_factory=dict)
     parallel: dict[str, Any] = field(default_factory=dict)
     keep_last: int = 3
+    saving: dict[str, Any] = field(default_factory=dict)
     timeout: float = 60.0
     kit: bool = True
 
@@ -140,7 +141,7 @@ def train(rank: int, world_size: int, options: dict[str, Any], faults: list[str]
 
 
 def _with_kit(job: MegatronJob, config: MegatronConfig, training: Any, faults: list[str], rank: int) -> dict[str, Any]:
-    from resume_kit import Policy, ResumeKit, Retention
+    from resume_kit import Policy, ResumeKit, Retention, Saving
     from resume_kit.engines.megatron import MegatronEngine
     from tests.faults import Faults
 
@@ -153,6 +154,7 @@ def _with_kit(job: MegatronJob, config: MegatronConfig, training: Any, faults: l
         Policy.from_mapping(config.policy),
         run_dir=config.run.dir,
         save_every=job.save_every or None,
+        saving=Saving(**job.saving),
         retention=Retention(keep_last=config.run.keep_last),
         config=config.pinned(),
         timeout=config.run.timeout,

@@ -191,7 +191,11 @@ def modules_loaded_by(*names: str) -> set[str]:
         "    inside = pkgutil.walk_packages(package.__path__, name + '.') if name != 'resume_kit' else ()\n"
         "    for found in inside:\n"
         "        if not found.name.endswith('__main__'):\n"
-        "            importlib.import_module(found.name)\n"
+        "            try:\n"
+        "                importlib.import_module(found.name)\n"
+        "            except ModuleNotFoundError as error:  # Triton comes with builds of torch for CUDA\n"
+        "                if error.name != 'triton':\n"
+        "                    raise\n"
         "print(*{name.split('.')[0] for name in sys.modules})"
     )
     run = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, timeout=120)

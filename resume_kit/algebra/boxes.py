@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,8 +183,13 @@ def boxes_of_flat_range(shape: Sequence[int], start: int, stop: int) -> tuple[Bo
     Every box is one run: single on its leading axes, ranged on one, full on the rest. So each is contiguous
     in a memory that holds exactly this range. ValueError where the range is not within the tensor.
     """
+    return _boxes_of_flat_range(tuple(shape), start, stop)
+
+
+@lru_cache(1 << 14)  # a save asks for the same ranges each time, three or four times each
+def _boxes_of_flat_range(shape: tuple[int, ...], start: int, stop: int) -> tuple[Box, ...]:
     if not 0 <= start <= stop <= math.prod(shape):
-        raise ValueError(f"flat range [{start}, {stop}) is not within shape {tuple(shape)}")
+        raise ValueError(f"flat range [{start}, {stop}) is not within shape {shape}")
     if not shape:
         return (Box((), ()),) if start < stop else ()
     strides = flat_strides(shape)

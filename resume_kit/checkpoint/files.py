@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from resume_kit.checkpoint import names
-from resume_kit.checkpoint.blocks import BLOCK_BYTES, FileDigest, digest_block, spans
+from resume_kit.checkpoint.blocks import BLOCK_BYTES, FileDigest, spans
+from resume_kit.checkpoint.writing import ImageFile
+from resume_kit.checkpoint.writing import write_failed as write_failed  # for all who import files
 from resume_kit.errors import Problem, SaveFailed, UsageError
-
-_WRITERS = 4  # threads a file; hashing and writing leave the interpreter to others
 
 
 def fsync_directory(directory: Path) -> None:
@@ -31,50 +29,17 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def write_image(path: Path, image: memoryview) -> FileDigest:
-    """Write a file image, several blocks at a time, digesting each as it goes, and fsync it.
+    """Write a file image, digesting it as it goes, and fsync it: several blocks at a time, a small one without threads.
 
     Returns the digests of the bytes in `image`. A short or failed write raises `SaveFailed`.
     """
+    file = ImageFile(path, image.nbytes, writers=None if image.nbytes > BLOCK_BYTES else 0)
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
-        try:
-            ranges = list(spans(len(image)))
-
-            def write(span: tuple[int, int]) -> str:
-                return _write_block(descriptor, image[span[0] : span[1]], span[0])
-
-            if len(ranges) > 1:
-                with ThreadPoolExecutor(min(_WRITERS, len(ranges)), "writer") as pool:
-                    blocks = tuple(pool.map(write, ranges))
-            else:
-                blocks = tuple(map(write, ranges))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise write_failed(path, error, len(image)) from error
-    return FileDigest(len(image), BLOCK_BYTES, blocks)
-
-
-def _write_block(descriptor: int, block: memoryview, offset: int) -> str:
-    digest = digest_block(block)
-    written = 0
-    while written < len(block):
-        written += os.pwrite(descriptor, block[written:], offset + written)
-    return digest
-
-
-def write_failed(path: Path, error: OSError, nbytes: int) -> SaveFailed:
-    """`error` of a write as a `SaveFailed` that says what to do."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        what = f"no space left for {nbytes:,} bytes ({error.strerror})"
-        remedy = "free space, raise the quota, or keep fewer checkpoints (keep_last, keep_every)"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        what = f"cannot be written ({error.strerror})"
-        remedy = "give the job's user write permission, or choose another run directory"
-    else:
-        what, remedy = f"write failed ({error.strerror or error})", "look at the file system's health"
-    return SaveFailed(f"cannot write {path.name}", [Problem("write", str(path), what, remedy)])
+        for number, (start, stop) in enumerate(spans(image.nbytes)):
+            file.submit(number, image[start:stop])
+        return file.finish()
+    finally:
+        file.abandon()
 
 
 def require_writable(run: Path) -> None:

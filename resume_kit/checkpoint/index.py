@@ -12,7 +12,7 @@ from resume_kit.checkpoint.blocks import FileDigest
 from resume_kit.checkpoint.records import TensorKey, TensorSpec
 
 FORMAT = "resume_kit.index"
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,14 @@ class FileLayout:
     slots: tuple[Slot, ...]
     size: int
 
+    def relabelled(self, metadata: dict[str, str]) -> bytes:
+        """The header with other metadata. ValueError where it would take other room, and move the pieces."""
+        entries = json.loads(self.header[8:])
+        header = _header({**entries, "__metadata__": metadata})
+        if len(header) != len(self.header):
+            raise ValueError("the metadata does not fit the header's room")
+        return header
+
 
 def entry_name(spec: TensorSpec, box: Box) -> str:
     """Name of a piece inside the safetensors file: ``exp_avg/model.norm.weight[0:64]``."""
@@ -58,14 +66,18 @@ def plan_file(pieces: Iterable[tuple[TensorSpec, Box]], metadata: dict[str, str]
         }
         sizes.append((position, nbytes))
         position += nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode("ascii")
-    padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
-    header = padded.to_bytes(8, "little") + text.ljust(padded)
+    header = _header(entries)
     slots = tuple(
         Slot(spec, box, len(header) + start, nbytes)
         for (spec, box), (start, nbytes) in zip(ordered, sizes, strict=True)
     )
     return FileLayout(header, slots, len(header) + position)
+
+
+def _header(entries: dict[str, object]) -> bytes:
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
+    return padded.to_bytes(8, "little") + text.ljust(padded)
 
 
 def read_header(image: memoryview) -> dict[str, dict[str, object]]:

@@ -13,7 +13,7 @@ from resume_kit.checkpoint.records import TensorKey, TensorSpec
 from resume_kit.errors import CheckpointDamaged, Problem, ResumeRefused
 
 FORMAT = "resume_kit"
-SCHEMA = 1
+SCHEMA = 2
 
 #: Features a manifest may require of its reader. A reader refuses a checkpoint that requires another.
 KNOWN_FEATURES = frozenset({"cast-of-master"})

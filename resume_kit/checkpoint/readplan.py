@@ -60,8 +60,12 @@ class ReadPlan:
 
     @property
     def window_bytes(self) -> int:
-        """Size of the largest window."""
-        return max((min(source.digests.block_bytes, source.digests.size) for source in self.sources), default=0)
+        """Size of the largest window, or a little more."""
+        sizes = [0]
+        for source, whole in zip(self.sources, self.whole, strict=True):
+            block = min(source.digests.block_bytes, source.digests.size)
+            sizes.append(block if whole else min(block, WINDOW_BYTES))
+        return max(sizes)
 
     def windows(self, number: int) -> Iterator[Window]:
         """What to read of source `number`, in file order."""

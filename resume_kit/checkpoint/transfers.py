@@ -79,12 +79,9 @@ class Transfer:
         return tuple(self._part(box) for box in boxes_of_flat_range(shape, *ends)) if ends[0] < ends[1] else ()
 
     def move(self, window: memoryview, start: int, buffer: memoryview) -> None:
-        """Copy to `buffer` from `window`, which holds the file from byte `start` on."""
-        if not self.grid:
-            buffer[self.at : self.at + self.length] = window[self.offset - start : self.offset - start + self.length]
-            return
-        counts, sources, aims = zip(*self.grid, strict=True)
-        unit = math.gcd(8, self.length, *sources, *aims)
+        """Copy to `buffer` from `window`, which holds the file from byte `start` on. Other threads run meanwhile."""
+        counts, sources, aims = zip(*self.grid, strict=True) if self.grid else ((), (), ())
+        unit = math.gcd(8, self.length, *sources, *aims) if self.grid else 1
         shape, dtype = (*counts, self.length // unit), np.dtype(f"u{unit}")
         into = np.ndarray(shape, dtype, buffer, self.at, (*aims, unit))
         into[...] = np.ndarray(shape, dtype, window, self.offset - start, (*sources, unit))

@@ -175,4 +175,7 @@ class EngineAdapter(Protocol):
         """A forward/backward of `batch` that leaves no trace. Collective; the same batch on every rank."""
 
     def before_update(self, hook: Callable[[list[dict[str, Any]]], Callable[[], None]]) -> None:
-        """Call `hook` with the real optimizers' groups before each update, and what it returns after the update."""
+        """Call `hook` with the real optimizers' groups before each update, and what it returns after the update.
+
+        Hooks stay for as long as the optimizers live. A rank that updates nothing never calls them.
+        """

@@ -69,6 +69,23 @@ class Coordinator:
         store = c10d.PrefixStore(f"resume_kit/{next(_instances)}", c10d._get_default_store())
         return cls(store, rank=dist.get_rank(), world_size=dist.get_world_size(), timeout=timeout)
 
+    def twin(self) -> Coordinator:
+        """A coordinator of the same ranks for another thread: a connection and keys of its own.
+
+        Every rank must make its twins in the same order. One thread's wait never holds up the other's.
+        """
+        connection = self._store.clone()  # type: ignore[attr-defined]
+        store = c10d.PrefixStore(f"twin/{next(_instances)}", connection)
+        return Coordinator(store, rank=self.rank, world_size=self.world_size, timeout=self.timeout)
+
+    def section(self, name: str) -> Coordinator:
+        """Rounds counted from the beginning, under keys of their own, over the same connection.
+
+        For work that some rank may leave early: what comes after it is not out of step.
+        """
+        store = c10d.PrefixStore(name, self._store)
+        return Coordinator(store, rank=self.rank, world_size=self.world_size, timeout=self.timeout)
+
     def round(self, name: str, local: Callable[[], T], combine: Callable[[list[T]], R]) -> R:
         """Run `local` on every rank and `combine` on rank 0; return `combine`'s result on every rank.
 

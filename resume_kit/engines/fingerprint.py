@@ -1,29 +1,31 @@
-"""The fingerprint of `resume_kit.algebra.fingerprint` in torch, on the device where the tensor lives.
+"""Fingerprints of live tensors (`resume_kit.algebra.fingerprint`), on the device where they lie.
 
-Nothing here waits for the device: results are int64 tensors, the two's complement of the uint64 sum. Sums of
-results, all-reduces of them among ranks and comparisons stay exact, for int64 arithmetic wraps in torch.
+By Triton kernels on CUDA devices, by the C extension for host memory, by torch operations elsewhere. Results are int64
+tensors, the two's complement of the uint64 sum. Sums of results, all-reduces of them among ranks and comparisons stay
+exact, for int64 arithmetic wraps in torch. Nothing here waits for a device.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 
 import torch
 
+from resume_kit.algebra import native
 from resume_kit.algebra.boxes import Box, Runs, flat_runs
-from resume_kit.algebra.fingerprint import GAMMA, MASK, MIX_1, MIX_2
+from resume_kit.algebra.fingerprint import MASK
+from resume_kit.engines.fingerprint_torch import signed, torch_sums
 from resume_kit.errors import UsageError
 
-# Elements at a time. For fp32 on 2 shared EPYC cores: 2**16 0.6, 2**17 0.7, 2**18 0.8 to 0.9, 2**20 0.6 GB/s;
-# when three tensors share w(i): 1.1, 1.5, 1.7, 1.8. A GPU's chunk has to outweigh its launches.
-_CPU_CHUNK = 1 << 18
-_DEVICE_CHUNK = 1 << 20
-_GROUP = 8  # pieces of one box that share the computed weights
+try:
+    from resume_kit.engines import fingerprint_triton
+except ImportError:
+    TRITON = False
+else:
+    TRITON = True
 
-_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.int64}
-_TAKEN = frozenset(
+TAKEN = frozenset(
     {torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64}
     | {torch.int8, torch.int16, torch.int32, torch.int64}
     | {torch.uint8, torch.uint16, torch.uint32, torch.uint64}
@@ -32,6 +34,9 @@ _TAKEN = frozenset(
 )
 
 Piece = tuple[torch.Tensor, Sequence[int], Box]
+_Row = tuple[int, torch.Tensor, Runs]  # row of the result, contiguous data, runs of its box
+
+_runs = lru_cache(1 << 14)(flat_runs)  # every save asks for the same boxes
 
 
 def fingerprint_of_box(data: torch.Tensor, shape: Sequence[int], box: Box) -> torch.Tensor:
@@ -45,21 +50,8 @@ def fingerprint_of_box(data: torch.Tensor, shape: Sequence[int], box: Box) -> to
 
 
 def fingerprints(pieces: Iterable[Piece]) -> torch.Tensor:
-    """`fingerprint_of_box` of each piece: int64 [n], on the pieces' device, or on the CPU where they lie on several.
-
-    Neighbours with the same shape and box, as a master weight and its moments have, share their w(i).
-    """
-    sums: list[torch.Tensor] = []
-    scratches: dict[torch.device, _Scratch] = {}
-    for (shape, box, device), group in itertools.groupby(pieces, key=_place):
-        if device not in scratches:
-            scratches[device] = _Scratch(device, _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK)
-        runs = flat_runs(shape, box)
-        while some := list(itertools.islice(group, _GROUP)):
-            sums.append(_sum(runs, [_bits(data, box) for data, _, _ in some], scratches[device]))
-    if len(scratches) > 1:
-        sums = [part.cpu() for part in sums]
-    return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.int64)
+    """`fingerprint_of_box` of each piece: int64 [n], on the pieces' device, or on the CPU where they lie on several."""
+    return FingerprintPlan(pieces).run()
 
 
 def as_unsigned(fingerprint: torch.Tensor) -> list[int]:
@@ -67,87 +59,95 @@ def as_unsigned(fingerprint: torch.Tensor) -> list[int]:
     return [value & MASK for value in fingerprint.reshape(-1).tolist()]
 
 
-@dataclass(slots=True)
-class _Scratch:
-    """The buffers of one pass, int64 [chunk] each: a constant ramp, the weights, and two for any use."""
-
-    device: torch.device
-    chunk: int
-    ramp: torch.Tensor = field(init=False)
-    weight: torch.Tensor = field(init=False)
-    spare: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.ramp = torch.arange(self.chunk, dtype=torch.int64, device=self.device)
-        self.weight = torch.empty_like(self.ramp)
-        self.spare = torch.empty_like(self.ramp)
+def backend(device: torch.device) -> str:
+    """What takes the fingerprints of tensors on this device, for reports."""
+    if device.type == "cuda" and TRITON:
+        return "Triton"
+    if device.type == "cpu" and native.AVAILABLE:
+        return f"C, {native.instructions()}"
+    return "torch"
 
 
-def _place(piece: Piece) -> tuple[tuple[int, ...], Box, torch.device]:
-    data, shape, box = piece
-    return tuple(shape), box, data.device
+def warm_up(device: torch.device) -> None:
+    """Compile what is compiled on first use: seconds on a CUDA device, else nothing."""
+    if device.type == "cuda" and TRITON:
+        fingerprint_triton.warm_up(device)
 
 
-def _bits(data: torch.Tensor, box: Box) -> torch.Tensor:
-    """The elements as a flat view of integers that widen without a sign."""
-    if data.dtype not in _TAKEN:
+class FingerprintPlan:
+    """The fingerprints of pieces whose memory stays where it is, prepared once, to be taken any number of times.
+
+    It keeps the tensors. Run it on the CUDA stream that it was made on, or on one that waits for that.
+    Raises as `fingerprint_of_box` does.
+    """
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        by_device: dict[torch.device, list[_Row]] = {}
+        self._count = 0
+        for data, shape, box in pieces:
+            runs = _runs(tuple(shape), box)
+            _require_fit(data, box, runs.count * runs.length)
+            by_device.setdefault(data.device, []).append((self._count, data, runs))
+            self._count += 1
+        self._parts = {device: _parts(device, rows) for device, rows in by_device.items()}
+
+    def run(self) -> torch.Tensor:
+        """int64 [pieces] of what the memory holds now, on the pieces' device (on the CPU where they are several)."""
+        results = []
+        for device, parts in self._parts.items():
+            out = torch.zeros(self._count, dtype=torch.int64, device=device)
+            for add_to in parts:
+                add_to(out)
+            results.append(out)
+        if len(results) == 1:
+            return results[0]
+        return sum((out.cpu() for out in results), torch.zeros(self._count, dtype=torch.int64))
+
+
+def _require_fit(data: torch.Tensor, box: Box, numel: int) -> None:
+    if data.dtype not in TAKEN:
         raise UsageError(f"no fingerprint for dtype {data.dtype}: it takes plain numbers of 1 to 8 bytes")
-    if data.numel() != box.numel or not data.is_contiguous():
+    if data.numel() != numel or not data.is_contiguous():
         raise UsageError(
-            f"box {box} needs {box.numel} contiguous elements, its data has {data.numel()} "
+            f"box {box} needs {numel} contiguous elements, its data has {data.numel()} "
             f"(shape {tuple(data.shape)}, strides {data.stride()})"
         )
-    return data.detach().reshape(-1).view(_UNSIGNED[data.dtype.itemsize])
 
 
-def _sum(runs: Runs, many: Sequence[torch.Tensor], scratch: _Scratch) -> torch.Tensor:
-    """The weighted sums of tensors that share their runs, int64 [len(many)]."""
-    totals = torch.zeros(len(many), dtype=torch.int64, device=scratch.device)
-    done = 0
-    for weight in _weights(runs, scratch):
-        product = scratch.spare[: weight.numel()]
-        for total, bits in zip(totals, many, strict=True):
-            product.copy_(bits[done : done + weight.numel()])
-            total += product.mul_(weight).sum()
-        done += weight.numel()
-    return totals
+def _parts(device: torch.device, rows: list[_Row]) -> list[Callable[[torch.Tensor], None]]:
+    """Functions that together add each row's weighted sum to `out`."""
+    if device.type == "cuda" and TRITON:
+        fit = [row for row in rows if fingerprint_triton.takes(row[1], row[2])]
+        others = [row for row in rows if not fingerprint_triton.takes(row[1], row[2])]
+        first = [fingerprint_triton.TileSums(fit).add_to] if fit else []
+        return first + ([lambda out: _add_torch_sums(others, out)] if others else [])
+    if device.type == "cpu" and native.AVAILABLE:
+        return [lambda out: _add_native_sums(rows, out)]
+    return [lambda out: _add_torch_sums(rows, out)]
 
 
-def _weights(runs: Runs, scratch: _Scratch) -> Iterator[torch.Tensor]:
-    """w(i) for the flat indices of all runs in order, at most a chunk at a time, each in the same buffer."""
-    if not runs.count:
-        return
-    if runs.count == 1 or runs.length >= scratch.chunk:
-        for run in range(runs.count):
-            first = int(runs.starts(run, run + 1)[0])
-            for low in range(0, runs.length, scratch.chunk):
-                z = scratch.weight[: min(scratch.chunk, runs.length - low)]
-                torch.add(scratch.ramp[: z.numel()], _signed(first + low + GAMMA), out=z)
-                yield _mix(z, scratch)
-        return
-    within = scratch.ramp[: runs.length]
-    rows = scratch.chunk // runs.length
-    for row in range(0, runs.count, rows):
-        numbers = scratch.ramp[: min(rows, runs.count - row)] + row
-        starts = torch.full_like(numbers, _signed(runs.first + GAMMA))
-        for inner, count, stride in runs.grid:
-            starts += numbers // inner % count * stride
-        z = scratch.weight[: numbers.numel() * runs.length]
-        torch.add(starts[:, None], within, out=z.view(-1, runs.length))
-        yield _mix(z, scratch)
+def _add_native_sums(rows: list[_Row], out: torch.Tensor) -> None:
+    groups = _sharing(rows)
+    boxes = [
+        native.Arrays(tuple(d.data_ptr() for _, d, _ in g), tuple(d.element_size() for _, d, _ in g), g[0][2])
+        for g in groups
+    ]
+    numbers = [number for group in groups for number, _, _ in group]
+    sums = native.weighted_sums(boxes, torch.get_num_threads())
+    out[numbers] = torch.tensor([signed(value) for value in sums], dtype=torch.int64)
 
 
-def _mix(z: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
-    """splitmix64's output for states z, made odd, in place."""
-    shifted = scratch.spare[: z.numel()]
-    for shift, factor in ((30, MIX_1), (27, MIX_2), (31, None)):
-        torch.bitwise_right_shift(z, shift, out=shifted)
-        z ^= shifted.bitwise_and_((1 << (64 - shift)) - 1)
-        if factor is not None:
-            z *= _signed(factor)
-    return z.bitwise_or_(1)
+def _add_torch_sums(rows: list[_Row], out: torch.Tensor) -> None:
+    for group in _sharing(rows):
+        sums = torch_sums(group[0][2], [data for _, data, _ in group])
+        for (number, _, _), value in zip(group, sums, strict=True):
+            out[number] += value
 
 
-def _signed(value: int) -> int:
-    """The two's complement of an integer mod 2**64, which is how torch takes a constant."""
-    return (value + (1 << 63) & MASK) - (1 << 63)
+def _sharing(rows: list[_Row]) -> list[list[_Row]]:
+    """Rows of the same runs together, a few at a time: they share the computed weights."""
+    by_runs: dict[Runs, list[_Row]] = {}
+    for row in rows:
+        by_runs.setdefault(row[2], []).append(row)
+    most = native.MAX_ARRAYS
+    return [group[low : low + most] for group in by_runs.values() for low in range(0, len(group), most)]

@@ -52,24 +52,50 @@ def totals(
 
     `keys` and `copies` must be the same on every rank; pieces of other tensors, or in no copy, are left out.
     """
-    number = {key: i for i, key in enumerate(keys)}
-    counted = [i for i, p in enumerate(pieces) if p.copy is not None and p.spec.key in number]
-    found = torch.zeros(2, copies * len(keys), dtype=torch.int64, device=device)
-    if counted:
-        places = [(pieces[i].copy or OWNED) * len(keys) + number[pieces[i].spec.key] for i in counted]
-        place = torch.tensor(places, dtype=torch.int64, device=device)
-        chosen = torch.tensor(counted, dtype=torch.int64, device=values.device)
-        found[0].index_add_(0, place, values[chosen].to(device))
-        sizes = [pieces[i].box.numel for i in counted]
-        found[1].index_add_(0, place, torch.tensor(sizes, dtype=torch.int64, device=device))
+    found = Places.of(pieces, keys, copies, device).sums(values)
     if dist.is_initialized():
         dist.all_reduce(found)
-    sums, elements = found.view(2, copies, len(keys)).tolist()
-    return Totals(
-        tuple(keys),
-        tuple(tuple(value & MASK for value in row) for row in sums),
-        tuple(map(tuple, elements)),
+    return totals_of(found.tolist(), keys, copies)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each piece that counts is summed: `chosen` its number, `place` its row, `sizes` its elements, int64 [m].
+
+    The same for every save of a layout, so it is made once.
+    """
+
+    chosen: torch.Tensor
+    place: torch.Tensor
+    sizes: torch.Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, pieces: Sequence[LivePiece], keys: Sequence[TensorKey], copies: int, device: torch.device) -> Places:
+        number = {key: i for i, key in enumerate(keys)}
+        counted = [i for i, p in enumerate(pieces) if p.copy is not None and p.spec.key in number]
+        place = [(pieces[i].copy or OWNED) * len(keys) + number[pieces[i].spec.key] for i in counted]
+        sizes = [pieces[i].box.numel for i in counted]
+        chosen, places, numels = (torch.tensor(c, dtype=torch.int64, device=device) for c in (counted, place, sizes))
+        return cls(chosen, places, numels, copies * len(keys))
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """This rank's sums of fingerprints and of elements, int64 [2, rows]. No communication, no wait."""
+        device = self.place.device
+        found = torch.zeros(2, self.rows, dtype=torch.int64, device=device)
+        if self.chosen.numel():
+            found[0].index_add_(0, self.place, values[self.chosen.to(values.device)].to(device))
+            found[1].index_add_(0, self.place, self.sizes)
+        return found
+
+
+def totals_of(found: Sequence[Sequence[int]], keys: Sequence[TensorKey], copies: int) -> Totals:
+    """`Places.sums`, added up over all ranks, as totals."""
+    sums, elements = (
+        tuple(tuple(value & MASK for value in row[c * len(keys) : (c + 1) * len(keys)]) for c in range(copies))
+        for row in found
     )
+    return Totals(tuple(keys), sums, elements)
 
 
 def guilty(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
 from resume_kit.algebra import fingerprint
 from resume_kit.checkpoint import canonical, names
-from resume_kit.checkpoint.index import RankIndex
+from resume_kit.checkpoint.index import RankIndex, StoredPiece
 from resume_kit.checkpoint.layout import entry_name, read_header
 from resume_kit.checkpoint.manifest import Manifest, read_manifest
 from resume_kit.checkpoint.reading import check_data_file, check_ranges, read_index
+from resume_kit.checkpoint.sharing import Shared, default_readers, share_out
 from resume_kit.errors import CheckpointDamaged, Problem, ResumeKitError
 from resume_kit.integrity.assembly import assemble
 
@@ -36,11 +38,22 @@ def deep_problems(directory: Path, progress: Progress = lambda _done, _total: No
         indices, problems = _indices(directory, read_manifest(directory))
         total = sum(index.data.size for index in indices)
         done = 0
-        for index in indices:
-            for problem, size in _data_problems(directory, index):
+        lock = Lock()
+
+        def on_block(size: int) -> None:
+            nonlocal done
+            with lock:
                 done += size
                 progress(done, total)
-                problems += [problem] if problem else []
+
+        for index in indices:
+            path = directory / index.data_file
+            try:
+                check_ranges(path, index.data, [(0, index.data.size)], on_block=on_block)
+            except CheckpointDamaged as damage:
+                problems += damage.problems
+            else:
+                problems += _content_problems(path, index)
         return problems
 
     return _found(directory, look)
@@ -102,43 +115,32 @@ def _strangers(directory: Path, manifest: Manifest) -> Iterator[Problem]:
             yield Problem("integrity", str(entry), "does not belong to this checkpoint", "move it elsewhere")
 
 
-def _data_problems(directory: Path, index: RankIndex) -> Iterator[tuple[Problem | None, int]]:
-    """Yield a problem or None for each run of blocks read, with its size in bytes."""
-    path = directory / index.data_file
-    step = index.data.block_bytes
-    whole = True
-    for start in range(0, index.data.size, step):
-        stop = min(start + step, index.data.size)
-        try:
-            check_ranges(path, index.data, [(start, stop)])
-            yield None, stop - start
-        except CheckpointDamaged as damage:
-            whole = False
-            yield damage.problems[0], stop - start
-    if whole:
-        for problem in _content_problems(path, index):
-            yield problem, 0
-
-
-def _content_problems(path: Path, index: RankIndex) -> Iterator[Problem]:
+def _content_problems(path: Path, index: RankIndex) -> list[Problem]:
     """The safetensors header and every stored piece's fingerprint against the index."""
     with path.open("rb") as file:
         image = np.memmap(file, dtype=np.uint8, mode="r").data
-        try:
-            header = read_header(image)
-        except ValueError as error:
-            yield canonical.damaged(path, str(error)).problems[0]
-            return
-        base = 8 + int.from_bytes(image[:8], "little")
-        for piece in index.pieces:
+    try:
+        header = read_header(image)
+    except ValueError as error:
+        return list(canonical.damaged(path, str(error)).problems)
+    base = 8 + int.from_bytes(image[:8], "little")
+    found: list[tuple[int, Problem]] = []
+
+    def check(pieces: Shared[StoredPiece]) -> None:
+        for piece in pieces:
             if piece.offset is None:
                 continue
             entry = header.get(entry_name(piece.spec, piece.box), {})
             where = [piece.offset - base, piece.offset - base + piece.nbytes]
             if entry.get("data_offsets") != where:
-                yield Problem("integrity", f"{path}, {piece.key}", "the file's header has it elsewhere than the index")
+                what = "the file's header has it elsewhere than the index"
+                found.append((piece.offset, Problem("integrity", f"{path}, {piece.key}", what)))
             data = np.frombuffer(image[piece.offset : piece.offset + piece.nbytes], dtype=f"u{piece.spec.itemsize}")
             actual = fingerprint.to_hex(fingerprint.fingerprint_of_box(data, piece.spec.shape, piece.box))
             if actual != piece.fingerprint:
                 what = f"its bytes have fingerprint {actual}, the tensor had {piece.fingerprint} when it was saved"
-                yield Problem("fingerprint", f"{path}, {piece.key} [{piece.box}]", what, canonical.RESTORE)
+                place = f"{path}, {piece.key} [{piece.box}]"
+                found.append((piece.offset, Problem("fingerprint", place, what, canonical.RESTORE)))
+
+    share_out(index.pieces, check, min(default_readers(), max(1, len(index.pieces))))
+    return [problem for _, problem in sorted(found, key=lambda one: one[0])]

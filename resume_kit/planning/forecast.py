@@ -10,8 +10,10 @@ import numpy as np
 
 from resume_kit.algebra.boxes import Box
 from resume_kit.checkpoint import canonical
+from resume_kit.checkpoint.carrying import window_memory
 from resume_kit.checkpoint.index import RankIndex
 from resume_kit.checkpoint.manifest import Manifest, TensorEntry
+from resume_kit.checkpoint.sharing import MOST_READERS
 from resume_kit.planning.layouts.geometry import Geometry
 from resume_kit.planning.layouts.layout import Layout
 from resume_kit.planning.layouts.megatron import megatron_layout
@@ -28,7 +30,7 @@ _OWN_VERSION = re.compile(r"(.+)@rank(0|[1-9]\d*)")
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """The reads of all ranks of a target, and the bytes of host memory that each needs at the most."""
+    """The reads of all ranks of a target, and the bytes of host memory that each takes for them at the most."""
 
     plan: ReadCounts
     peak_host_bytes: Ints
@@ -50,7 +52,7 @@ def forecast(manifest: Manifest, indices: Sequence[RankIndex], topology: Topolog
     """The reads that bring this checkpoint into `topology`, which must be one of the same engine that fits the model.
 
     As a resume does it, a rank reads every box that it holds, owned or copied, of every kind that has bytes in the
-    files, and holds them all in host memory before it writes any, with one digest block on top.
+    files, through a few windows of one digest block into its live tensors.
     """
     world_size = topology.world_size
     plan = _no_reads(world_size)
@@ -58,7 +60,8 @@ def forecast(manifest: Manifest, indices: Sequence[RankIndex], topology: Topolog
         stored = stored_table(indices, kind, dict(zip(table.names, table.shapes, strict=True)))
         plan += count_reads(stored, table, world_size, itemsize)
     block = max((min(index.data.block_bytes, index.data.size) for index in indices), default=0)
-    return Forecast(plan, plan.wanted + block)
+    peaks = [window_memory(wanted, block, MOST_READERS) for wanted in plan.wanted.tolist()]
+    return Forecast(plan, np.array(peaks, np.int64))
 
 
 def _wanted(

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from resume_kit.checkpoint import canonical, names
+from resume_kit.checkpoint.carrying import window_memory
 from resume_kit.checkpoint.index import RankIndex
 from resume_kit.checkpoint.manifest import Manifest
 from resume_kit.checkpoint.reading import check_data_file, read_index
 from resume_kit.checkpoint.records import TensorKey, TensorSpec
+from resume_kit.checkpoint.sharing import default_readers
 from resume_kit.engines.adapter import EngineAdapter, ModelDescription
 from resume_kit.environment import available_memory, local_world_size
 from resume_kit.errors import CheckpointDamaged, Problem
@@ -132,12 +134,14 @@ def _read_indices(directory: Path, manifest: Manifest, ranks: Iterable[int]) -> 
 
 
 def check_memory(order: ReadOrder, rank: int) -> list[Problem]:
-    """Room in host memory for the bytes of all ranks of this host."""
+    """Room in host memory for the windows through which all ranks of this host read."""
     memory = available_memory()
-    needed = piece_bytes((want.spec, want.box) for want, parts in order.wants if parts) * local_world_size()
+    wanted = piece_bytes((want.spec, want.box) for want, parts in order.wants if parts)
+    block = max((min(index.data.block_bytes, index.data.size) for index in order.indices.values()), default=0)
+    needed = window_memory(wanted, block, default_readers()) * local_world_size()
     if memory is None or memory >= needed:
         return []
-    what = f"staging on this host needs {needed:,} bytes of memory, {memory:,} are available"
+    what = f"reading on this host needs {needed:,} bytes of memory, {memory:,} are available"
     return [Problem("memory", f"rank {rank}", what, "free memory on this host, or use a larger one")]
 
 

@@ -15,6 +15,7 @@ from resume_kit.checkpoint.index import RankIndex
 from resume_kit.checkpoint.manifest import Manifest, TensorEntry
 from resume_kit.checkpoint.records import TensorKey
 from resume_kit.engines.adapter import EngineAdapter, LivePiece, Replica
+from resume_kit.engines.casts import cast_mismatches
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.engines.fingerprint import as_unsigned, fingerprints
 from resume_kit.engines.totals import UNCOVERED, copies_of, guilty, totals
@@ -23,7 +24,6 @@ from resume_kit.integrity.differences import brief, differences
 from resume_kit.policy.judgement import MODEL_KINDS
 from resume_kit.resuming.restored import engine_state
 from resume_kit.resuming.wanted import plain_key, stored_key
-from resume_kit.saving.staging import cast_matches
 
 _REMEDY = "do not train on; resume again, and if it repeats suspect this rank's memory or GPU"
 
@@ -141,11 +141,12 @@ def _wrong_owners(
 
 
 def _wrong_casts(pieces: Sequence[LivePiece], recast: set[TensorKey], rank: int) -> list[Problem]:
-    weights = [piece for piece in pieces if piece.spec.key in recast and piece.cast_of is not None]
+    pairs = [(p, p.cast_of.data) for p in pieces if p.spec.key in recast and p.cast_of is not None]
+    mismatches = cast_mismatches([(piece.data, master) for piece, master in pairs]).tolist()
     return [
         Problem("cast of master", f"rank {rank}, {piece.spec.key} [{piece.box}]", "is not its master's cast", _REMEDY)
-        for piece, same in zip(weights, cast_matches(weights), strict=True)
-        if not same
+        for (piece, _), bad in zip(pairs, mismatches, strict=True)
+        if bad
     ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from resume_kit.checkpoint import canonical, names
+from resume_kit.checkpoint.carrying import ReadAccount
 from resume_kit.checkpoint.index import RankIndex
 from resume_kit.checkpoint.manifest import Manifest, read_manifest
 from resume_kit.checkpoint.reading import read_index
@@ -18,8 +19,9 @@ from resume_kit.errors import CheckpointDamaged, Problem, ResumeRefused, UsageEr
 from resume_kit.planning.holders import format_ranks
 from resume_kit.policy.judgement import Judgement, changes_table
 from resume_kit.policy.policy import Policy
-from resume_kit.resuming import load, prove
+from resume_kit.resuming import prove
 from resume_kit.resuming.gating import choose_tolerance, gate_problems, moves_the_computation, ranks_agree
+from resume_kit.resuming.load import load
 from resume_kit.resuming.preflight import (
     LiveRun,
     ReadOrder,
@@ -28,9 +30,9 @@ from resume_kit.resuming.preflight import (
     compare_runs,
     plan_reading,
 )
+from resume_kit.resuming.reading import verify_unread
 from resume_kit.resuming.report import Report
 from resume_kit.resuming.restored import effective, schedule_problems, state_to_restore
-from resume_kit.resuming.staged import StagedState, stage_reading, verify_unread
 from resume_kit.resuming.streams import Carried, Streams, carried_along, streams
 from resume_kit.resuming.wanted import plain_key
 
@@ -60,7 +62,7 @@ class _Examined:
     policy: Policy
     judgement: Judgement
     order: ReadOrder
-    staged: StagedState
+    account: ReadAccount
     streams: Streams
     carried: tuple[Carried, ...]
 
@@ -146,7 +148,11 @@ class Resumer:
         return self._hand_over(examined, state)
 
     def _examine(self, directory: Path) -> _Examined:
-        """Preflight and reading, up to the point where every rank holds all of its own bytes."""
+        """Preflight, then the reading, up to the point where every rank has all of its own bytes in its live tensors.
+
+        Damage that is met while reading leaves the engine written in part: another checkpoint is then loaded, or the
+        resume raises and nothing trains on.
+        """
         report, coordinator, rank = self._report, self._coordinator, self._coordinator.rank
         report.checkpoint = directory.name
         with report.timed("preflight"):
@@ -192,24 +198,26 @@ class Resumer:
         report.passed("preflight", "model and optimizer", f"{len(self._live.description.weights)} weights as saved")
         report.passed("preflight", "data", f"position {manifest.data['position']:,}")
         report.passed("preflight", "rng records", f"{manifest.world_size} ranks")
+        moments = policy.optimizer_state == "keep"
+        scalars = canonical.decode(manifest.state)["scalars"] if moments else {}
+
+        def read_tensors() -> None:
+            order = orders[0]
+            accounts.append(load(self._adapter, directory, manifest, order, scalars, rank, moments=moments))
+
+        accounts: list[ReadAccount] = []
         with report.timed("load"):
-            staged: list[StagedState] = []
-            coordinator.round("read", lambda: staged.append(stage_reading(directory, orders[0])), _nothing)
-        return _Examined(directory, manifest, policy, judgement, orders[0], staged[0], found[0], tuple(carried))
+            coordinator.round("read", read_tensors, _nothing)
+        return _Examined(directory, manifest, policy, judgement, orders[0], accounts[0], found[0], tuple(carried))
 
     def _streams(self, manifest: Manifest, policy: Policy, read: Callable[[int], RankIndex]) -> Streams:
         derive = policy.rng == "derive"
         return streams(manifest, self._adapter, self._coordinator.rank, self._seed, read, derive=derive)
 
     def _load(self, examined: _Examined) -> dict[str, Any]:
-        """Write the live engine; returns the shared state as it was restored."""
+        """Bring what follows from the tensors up to date, and restore the shared state, which is returned."""
         report, coordinator, adapter, manifest = self._report, self._coordinator, self._adapter, examined.manifest
         with report.timed("load"):
-            scalars = canonical.decode(manifest.state)["scalars"] if examined.moments else {}
-
-            def tensors() -> None:
-                moments = examined.moments
-                load.write(adapter, manifest, examined.staged, scalars, coordinator.rank, moments=moments)
 
             def shared() -> None:
                 run, policy = self._live, examined.policy
@@ -218,10 +226,9 @@ class Resumer:
                 adapter.load_state(state)
 
             state: dict[str, Any] = {}
-            coordinator.round("write", tensors, _nothing)
             adapter.publish()
             coordinator.round("state", shared, _nothing)
-            account = examined.staged.account
+            account = examined.account
             sizes = coordinator.gather(
                 "bytes", lambda: [account.wanted_bytes, account.read_bytes, account.verified_bytes]
             )
@@ -250,7 +257,7 @@ class Resumer:
             )
             problems = [*proof.problems, *prove.prove_state(self._adapter, state, coordinator.rank)]
             if proof.from_disk:
-                account = examined.staged.account
+                account = examined.account
                 coordinator.round(
                     "diagnose", lambda: verify_unread(examined.directory, examined.order, account), _nothing
                 )
@@ -278,7 +285,8 @@ class Resumer:
             raise ResumeRefused("the gate cannot run", [Problem("gate", examined.directory.name, what, remedy)])
         tolerance, reason = choose_tolerance(examined.policy, self._adapter.device, examined.judgement)
         other_data = bool(examined.judgement.changes_of("data"))
-        expected = None if other_data else canonical.decode(recorded)
+        left_out = recorded.get("recorded") is False
+        expected = None if other_data or left_out else canonical.decode(recorded)
         before = rng.capture(self._adapter.rng_trackers())
         position = self._data_position()
         with report.timed("gate"):
@@ -298,6 +306,8 @@ class Resumer:
             self._coordinator.round("gate: alike", lambda: found, ranks_agree(tolerance))
         if other_data:
             report.warned("gate", "loss", f"{result.loss!r}: finite, but not to compare, the data is another version")
+        elif left_out:
+            report.warned("gate", "loss", f"{result.loss!r}: finite, but not to compare, this save recorded no gate")
         elif differing:
             for problem in differing:
                 report.warned("gate", problem.where, f"{problem.what}: finite; the configuration differs")

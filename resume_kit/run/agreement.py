@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from resume_kit.engines.adapter import GateResult
 from resume_kit.errors import InconsistentState, Problem, UsageError
@@ -14,6 +15,13 @@ def require_finite(gate: GateResult | None) -> None:
         what = f"loss {gate.loss!r}, gradient norm {gate.grad_norm!r}"
         remedy = "training has diverged or memory is corrupt; resume from the last commit"
         raise InconsistentState("the gate is not finite; nothing was saved", [Problem("gate", "", what, remedy)])
+
+
+def gate_record(gate: GateResult | None, *, switched_on: bool) -> dict[str, Any] | None:
+    """What a manifest says of the gate: its figures, that this save did not take them, or None where it is off."""
+    if gate is None:
+        return {"recorded": False} if switched_on else None
+    return {"loss": gate.loss, "grad_norm": gate.grad_norm}
 
 
 def one_run(identities: list[dict[str, str]]) -> None:

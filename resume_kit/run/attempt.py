@@ -35,15 +35,19 @@ class Attempt:
         """Journal an event, durably. Collective: when it cannot be written, every rank raises `SaveFailed`."""
         self._coordinator.on_rank_zero(f"journal {event}", lambda: self._write(event, fields, durable=True))
 
-    def record_step(self, fields: Mapping[str, Any]) -> None:
-        """Journal a step, without waiting for anyone. A failure is kept in `failure` until all can be told."""
+    def note(self, event: str, fields: Mapping[str, Any]) -> None:
+        """Journal an event, durably, without telling other ranks. Raises `SaveFailed`, on rank 0 alone."""
+        self._write(event, fields, durable=True)
+
+    def record_soon(self, event: str, fields: Mapping[str, Any]) -> None:
+        """Journal an event without waiting for anyone. A failure is kept in `failure` until all can be told."""
         try:
-            self._write("step", fields, durable=False)
+            self._write(event, fields, durable=False)
         except SaveFailed as error:
             self.failure = error
 
     def take_failure(self) -> SaveFailed | None:
-        """The failure of a step's record, once."""
+        """The failure of `record_soon`, once."""
         failure, self.failure = self.failure, None
         return failure
 

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 
 from resume_kit.engines.adapter import EngineAdapter
 from resume_kit.errors import InconsistentState, Problem, SaveFailed, UsageError
 from resume_kit.run.attempt import Attempt
+from resume_kit.saving.saver import SaveState
 
 
-def mean_loss(losses: list[torch.Tensor], adapter: EngineAdapter, position: int, attempt: Attempt) -> float:
+@dataclass(frozen=True)
+class StepFigures:
+    """A step over all ranks. `saved`: DONE where the pending save is on every rank, FAILED where it has on one."""
+
+    loss: float
+    saved: SaveState
+
+
+def step_figures(
+    losses: list[torch.Tensor], adapter: EngineAdapter, position: int, attempt: Attempt, *, saved: SaveState
+) -> StepFigures:
     """Mean of a step's losses over micro-batches, then over the ranks that report one, in rank order. Collective.
 
-    In double precision; empties `losses`.
+    In double precision; empties `losses`. `saved`: how this rank's part of the pending save stands.
 
     The step and data position travel along: ranks that disagree on either raise `InconsistentState` at once.
     So does word of a journal that could not be written, which all ranks raise as `SaveFailed`.
@@ -25,13 +38,13 @@ def mean_loss(losses: list[torch.Tensor], adapter: EngineAdapter, position: int,
     if not dist.is_initialized():
         if failure := attempt.take_failure():
             raise failure
-        return float(loss)
+        return StepFigures(float(loss), saved)
     failed = float(attempt.failure is not None)
-    figures = (adapter.step, position, failed, counts)
+    figures = (adapter.step, position, failed, counts, float(saved))
     mine = torch.stack([loss, *(loss.new_tensor(value) for value in figures)])
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
-    values, steps, positions, failures, counted = torch.stack(every).T.tolist()
+    values, steps, positions, failures, counted, states = torch.stack(every).T.tolist()
     if any(failures):
         raise attempt.take_failure() or SaveFailed("rank 0 cannot write the journal; see its error")
     for what, found in (("step", steps), ("data position", positions)):
@@ -43,4 +56,8 @@ def mean_loss(losses: list[torch.Tensor], adapter: EngineAdapter, position: int,
     kept = [value for value, counts_ in zip(values, counted, strict=True) if counts_]
     if not kept:
         raise UsageError("no rank told the step's loss; give it to step() on the ranks of the last stage")
-    return float(torch.tensor(kept, dtype=torch.float64).mean())
+    return StepFigures(float(torch.tensor(kept, dtype=torch.float64).mean()), _together(states))
+
+
+def _together(states: list[float]) -> SaveState:
+    return SaveState.FAILED if SaveState.FAILED in states else SaveState(int(min(states)))

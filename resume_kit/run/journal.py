@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,17 +20,18 @@ from resume_kit.checkpoint import files
 from resume_kit.checkpoint.names import JOURNAL
 from resume_kit.errors import CheckpointDamaged, Problem
 
-EVENTS = frozenset({"start", "resume", "refuse", "step", "save", "commit", "preempt", "end"})
+EVENTS = frozenset({"start", "resume", "refuse", "step", "save", "skip", "commit", "preempt", "end"})
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class Journal:
-    """Appends events of one attempt. Only one rank of a run writes."""
+    """Appends events of one attempt. Only one rank of a run writes, from any of its threads."""
 
     def __init__(self, run: Path, *, attempt: int) -> None:
         self._attempt = attempt
         self._path = path = run / JOURNAL
         self._torn = _ends_within_a_line(path)
+        self._lock = threading.Lock()
         self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
 
     def write(self, event: str, fields: Mapping[str, Any], *, durable: bool = False) -> None:
@@ -38,12 +40,16 @@ class Journal:
             raise ValueError(f"unknown event {event!r}")
         record = {"event": event, "attempt": self._attempt, "time": time.time(), **fields}
         line = json.dumps(_plain(record), separators=(",", ":"), allow_nan=False)
-        data = (b"\n" if self._torn else b"") + line.encode() + b"\n"
-        self._torn = True
+        with self._lock:
+            data = (b"\n" if self._torn else b"") + line.encode() + b"\n"
+            self._torn = True
+            try:
+                if os.write(self._descriptor, data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._torn = False
+            except OSError as error:
+                raise files.write_failed(self._path, error, len(data)) from error
         try:
-            if os.write(self._descriptor, data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._torn = False
             if durable:
                 os.fsync(self._descriptor)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,19 @@ from resume_kit.resuming.report import Report
 from resume_kit.resuming.restored import applied
 from resume_kit.resuming.resume import Resumer, Resumption
 from resume_kit.resuming.streams import Carried, overwritten
-from resume_kit.run.agreement import one_run, require_finite
+from resume_kit.run.agreement import gate_record, one_run, require_finite
 from resume_kit.run.attempt import Attempt
-from resume_kit.run.figures import mean_loss
+from resume_kit.run.figures import step_figures
+from resume_kit.run.hand_over import restore_data_and_user_state
 from resume_kit.run.journal import last_commit, number, read_journal, unreadable_lines
 from resume_kit.run.kept import KeptState
 from resume_kit.run.protocols import ResumableData, Stateful
-from resume_kit.run.retention import Retention, prune, set_aside
-from resume_kit.saving.save import Commit, SaveRequest, save
-from resume_kit.saving.staging import Arena
+from resume_kit.run.retention import Retention, set_aside
+from resume_kit.run.saves import Saves
+from resume_kit.saving.capture import SaveRequest
+from resume_kit.saving.options import Returns, Saving
+from resume_kit.saving.save import Commit
+from resume_kit.saving.saver import SaveState
 
 
 class ResumeKit:
@@ -45,6 +50,7 @@ class ResumeKit:
     policy: what may differ on resume; the default is strict.
     run_dir: a directory that all ranks share.
     save_every: optimizer steps between saves; None leaves saving to `save()`.
+    saving: how saves go; by default they overlap training.
     forward: `forward(module, batch) -> loss` for the gate; the default suits transformers models with DeepSpeed and
         GPT models with Megatron, where stages before the last return their hidden state.
     config: the run's own configuration, pinned and compared on resume. Plain values.
@@ -66,6 +72,7 @@ class ResumeKit:
         *,
         run_dir: str | Path,
         save_every: int | None = None,
+        saving: Saving | None = None,
         retention: Retention | None = None,
         forward: Forward | None = None,
         config: Mapping[str, Any] | None = None,
@@ -81,7 +88,6 @@ class ResumeKit:
         self._coordinator = Coordinator.of_default_group(timeout=timeout)
         self._data = data
         self._save_every = save_every
-        self._retention = retention or Retention()
         self._forward = forward or self._adapter.default_forward
         self._user_state = dict(state or {})
         self._show = show
@@ -92,12 +98,11 @@ class ResumeKit:
         self._versions = software_versions()
         self._pinned = {
             **self._description.pinned,
-            "config": dict(config or {}),
+            "config": canonical.decode(canonical.encode(dict(config or {}), "config")),
             "groups": [dict(group) for group in self._description.groups],
             "versions": self._versions,
         }
         self._fingerprint = data.fingerprint()
-        self._arena = Arena(self._adapter.device)
         self._coordinator.round("same run on every rank", lambda: self._identity(str(run_dir)), one_run)
         self._attempt = Attempt(Path(run_dir), self._coordinator)
         self._attempt.start(
@@ -116,6 +121,17 @@ class ResumeKit:
         self._position = data.position
         self._kept = KeptState()
         self._adapter.before_update(self._kept.scale_rates)
+        self._saves = Saves(
+            self.run_dir,
+            self._adapter,
+            self._coordinator,
+            self._description,
+            saving or Saving(),
+            attempt=self._attempt,
+            retention=retention or Retention(),
+            build=self._request,
+            show=show,
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -131,12 +147,20 @@ class ResumeKit:
         """Optimizer steps taken so far."""
         return self._adapter.step
 
+    @property
+    def last_commit(self) -> Commit | None:
+        """The newest checkpoint that this attempt is known to have committed."""
+        return self._saves.last
+
     def resume(self, *, at: int | None = None) -> int:
         """Bring the run back and prove it; return the number of optimizer steps already taken (0 for a new run).
 
         `at` names the step of the checkpoint to take instead of the newest good one. Collective.
         Raises `ResumeRefused` or `CheckpointDamaged`, alike on all ranks, when training must not go on.
         """
+        self._saves.wait()
+        self._saves.forget()
+        self._audit = None  # no step() before this has come to a good end
         report = Report(run=str(self.run_dir), attempt=self.attempt)
         self.report = report
         resumer = Resumer(
@@ -153,6 +177,7 @@ class ResumeKit:
             at=at,
         )
         try:
+            self._coordinator.round("host memory", self._saves.require_memory, lambda _: None)
             resumption = resumer.resume(
                 self._coordinator.on_rank_zero("last commit", lambda: last_commit(self.run_dir))
             )
@@ -182,6 +207,7 @@ class ResumeKit:
             self._kept.begin(applied(self.policy))
         else:
             self._go_on_from(resumption, report)
+            self._saves.prepare()
         self._position = self._data.position
         self._taken = self._adapter.step
         self._audit = ReplayAudit(
@@ -208,35 +234,50 @@ class ResumeKit:
             raise UsageError("the first batch did not come from an iterator of the kit's data made after resume()")
         self._carried = ()
         self._kept.reached(self._adapter.step)
-        record = self._record_of_step()
+        record, saved = self._record_of_step()
         warnings = self._audited(record)
-        self._attempt.record_step(record)
+        self._attempt.record_soon("step", record)
         for problem in warnings:
             if self._coordinator.rank == 0:
                 self._show(f"warning: {problem}")
+        self._saves.stepped(saved, updated=self._adapter.updates > 0)
         if self._save_every and record["step"] % self._save_every == 0:
-            self.save()
+            self._saves.scheduled(record["step"])
         return record
 
-    def save(self) -> Commit:
-        """Take a checkpoint now, between optimizer steps. Collective. Returns once it is committed."""
+    def save(self, *, returns: Returns = "committed") -> Commit | None:
+        """Take a checkpoint now, between optimizer steps. Collective. Waits for a save that is under way.
+
+        Returns once it is committed, or with `returns` earlier and nothing, see `Saving`; `wait()` gets the commit.
+        Raises `InconsistentState` or `SaveFailed`, alike on all ranks; the last commit stands.
+        """
         if self._audit is None:
             raise UsageError("call resume() before save()")
+        return self._saves.now(returns)
+
+    def wait(self) -> Commit | None:
+        """Wait until the save that is under way is committed; None where there is none. Collective.
+
+        A `step()` may have found it committed already, see `last_commit`. Raises its failure, alike on all ranks.
+        """
+        return self._saves.wait()
+
+    def _request(self, with_gate: bool) -> SaveRequest:
+        """This rank's part of a save, apart from the engine's tensors."""
         step = self._adapter.step
-        self._attempt.record("save", {"step": step})
         self._adapter.settle()
-        gate = self._run_gate() if self.policy.gate else None
-        self._coordinator.round("save: gate", lambda: require_finite(gate), lambda _: None)
-        shared: dict[str, Any] = {}
-        self._coordinator.round("save: state", lambda: shared.update(self._adapter.state()), lambda _: None)
-        request = SaveRequest(
+        began = time.perf_counter()
+        gate = self._run_gate() if self.policy.gate and with_gate else None
+        gate_seconds = time.perf_counter() - began
+        require_finite(gate)
+        return SaveRequest(
             directory=self.run_dir,
             run_id=self._attempt.run_id,
             attempt=self.attempt,
             step=step,
             description=self._description,
             state={
-                **shared,
+                **self._adapter.state(),
                 **self._kept.to_plain(),
                 "lineage": self._lineage.to_plain(),
                 "user": {name: s.state_dict() for name, s in self._user_state.items()},
@@ -249,18 +290,13 @@ class ResumeKit:
                 "next_batch": self._data.batch_digest(self._data.position),
             },
             pinned=self._pinned,
-            gate=None if gate is None else {"loss": gate.loss, "grad_norm": gate.grad_norm},
+            gate=gate_record(gate, switched_on=self.policy.gate),
+            gate_seconds=gate_seconds,
         )
-        commit = save(request, self._adapter, self._coordinator, self._arena)
-        self._attempt.record(
-            "commit",
-            {"step": step, "bytes": commit.total_bytes, "seconds": dict(commit.seconds), "gate": request.gate},
-        )
-        self._coordinator.on_rank_zero("retention", lambda: prune(self.run_dir, self._retention))
-        return commit
 
     def close(self) -> None:
-        """Journal the end of the run. Call it once training is done."""
+        """Wait for a save that is under way, and journal the end of the run. Call it once training is done."""
+        self._saves.close()
         replayed = self._audit.checked if self._audit else 0
         self._attempt.record(
             "end", {"step": self._adapter.step, "samples": self._data.position, "steps_replayed": replayed}
@@ -306,10 +342,11 @@ class ResumeKit:
             self._attempt.refuse(error, self.report)
             raise
 
-    def _record_of_step(self) -> dict[str, Any]:
+    def _record_of_step(self) -> tuple[dict[str, Any], SaveState]:
+        """The step's record, and how the pending save stands on all ranks."""
         start, size = self._position, self._data.global_batch_size
         self._position = self._data.position
-        loss = mean_loss(self._losses, self._adapter, self._position, self._attempt)
+        figures = step_figures(self._losses, self._adapter, self._position, self._attempt, saved=self._saves.state)
         taken, self._taken = self._adapter.step - self._taken, self._adapter.step
         if taken != 1:
             what = f"since the last step() the engine has counted {taken} optimizer steps"
@@ -327,14 +364,15 @@ class ResumeKit:
                     )
                 ],
             )
-        return {
+        record = {
             "step": self._adapter.step,
-            "loss": loss,
+            "loss": figures.loss,
             "grad_norm": self._adapter.grad_norm,
             "lr": self._adapter.learning_rate * self._kept.factor(self._adapter.step),
             "samples": self._position,
             "batch": self._data.batch_digest(start),
         }
+        return record, figures.saved
 
     def _audited(self, record: Mapping[str, Any]) -> list[Problem]:
         assert self._audit is not None
@@ -350,29 +388,7 @@ class ResumeKit:
         return self._adapter.run_gate(self._forward, to_device(batch, self._adapter.device))
 
     def _restore_run(self, manifest: Manifest, judgement: Judgement) -> None:
-        other_data = bool(judgement.changes_of("data"))
-        position = 0 if other_data and self.policy.data == "restart" else int(manifest.data["position"])
-        self._data.seek(position)
-        problems = []
-        found = {"position": self._data.position, "next batch": self._data.batch_digest(self._data.position)}
-        wanted = {"position": position, "next batch": manifest.data["next_batch"]}
-        if other_data or judgement.changes_of("global batch"):
-            del wanted["next batch"]  # another batch is what the policy asked for
-        for what, saved in wanted.items():
-            if found[what] != saved:
-                remedy = "the loader did not follow seek(); no step may be trained from it"
-                problems.append(Problem("data", what, f"after seek() it is {found[what]}, saved {saved}", remedy))
-        state: dict[str, Any] = canonical.decode(manifest.state)["user"]
-        if set(state) != set(self._user_state):
-            what = f"saved {sorted(state)}, live {sorted(self._user_state)}"
-            problems.append(Problem("user state", "state=", what, "give the objects of the save"))
-        for name in sorted(state.keys() & self._user_state.keys()):
-            self._user_state[name].load_state_dict(state[name])
-            if canonical.value_digest(self._user_state[name].state_dict()) != canonical.value_digest(state[name]):
-                what = "after load_state_dict() its state_dict() is not the saved one"
-                problems.append(Problem("user state", name, what, "mend its load_state_dict()"))
-        if problems:
-            raise ResumeRefused("data or user state did not come back", problems)
+        restore_data_and_user_state(self._data, self._user_state, manifest, judgement, self.policy)
 
     def _identity(self, run_dir: str) -> dict[str, str]:
         """Digests of all that every rank must have been given alike."""

@@ -1,89 +1,150 @@
-"""The host arena: one reused buffer, pinned where there is a GPU, laid out as the exact image of the file."""
+"""From live pieces to the file's image in host memory, block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import queue
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from resume_kit.algebra import fingerprint
-from resume_kit.algebra.boxes import Box
-from resume_kit.checkpoint.index import StoredPiece
-from resume_kit.checkpoint.layout import FileLayout
-from resume_kit.checkpoint.records import TensorSpec
-from resume_kit.engines.adapter import LivePiece
-from resume_kit.engines.fingerprint import as_unsigned, fingerprints
+from resume_kit.checkpoint.blocks import BLOCK_BYTES, spans
+from resume_kit.errors import Problem, SaveFailed
+
+_TOGETHER = 4  # blocks that are copied by one call where they can: fewer calls, and writers still start early
 
 
-@dataclass(frozen=True)
-class StagedFile:
-    """A file image in host memory and the account of the pieces in it."""
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A block of the image, complete in host memory. Call `free` once its memory may be used again."""
 
-    image: memoryview
-    pieces: tuple[StoredPiece, ...]
-
-
-class Arena:
-    """Host memory that grows to the largest image asked for and is then reused."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._pinned = device.type == "cuda"
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def reserve(self, nbytes: int) -> torch.Tensor:
-        """A uint8 tensor [nbytes]; its content is what the last user left."""
-        if self._memory.numel() < nbytes:
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
-        return self._memory[:nbytes]
+    number: int
+    memory: memoryview
+    free: Callable[[], None] | None
 
 
-def cast_matches(pieces: Sequence[LivePiece]) -> list[bool]:
-    """For each piece, whether it is bit for bit the cast of its master; False where it has none."""
-    verdicts: list[torch.Tensor] = []
-    for piece in pieces:
-        if piece.cast_of is None:
-            verdicts.append(torch.zeros((), dtype=torch.bool, device=piece.data.device))
-        else:
-            cast = piece.cast_of.data.to(device=piece.data.device, dtype=piece.data.dtype)
-            verdicts.append((bits(cast) == bits(piece.data)).all())
-    return [bool(verdict) for verdict in verdicts]
+class Staging:
+    """The copies of one save. `sources` are (byte offset in the file, bytes as a uint8 tensor), in file order.
 
-
-def bits(data: torch.Tensor) -> torch.Tensor:
-    """`data` viewed as integers of its own width, so that NaNs compare."""
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()]
-    return data.view(integer)
-
-
-def stage(arena: Arena, layout: FileLayout, pieces: Sequence[LivePiece], unstored: frozenset[int]) -> StagedFile:
-    """Copy `pieces` to their slots of the file image and take their fingerprints on their own device.
-
-    `unstored` are the numbers of pieces that have no slot: only their fingerprint is kept.
+    `header` are the file's first bytes. `memory` (uint8, whole blocks) holds the image, or as many of its blocks at a
+    time as it has room for. `copied` counts the blocks that have come.
     """
-    memory = arena.reserve(layout.size)
-    memory[: len(layout.header)].copy_(torch.frombuffer(bytearray(layout.header), dtype=torch.uint8))
-    offsets: Mapping[tuple[TensorSpec, Box], int] = {(s.spec, s.box): s.offset for s in layout.slots}
-    found = fingerprints((piece.data, piece.spec.shape, piece.box) for piece in pieces)
-    stored: list[int | None] = []
-    for number, piece in enumerate(pieces):
-        if number in unstored:
-            stored.append(None)
-            continue
-        offset = offsets[piece.spec, piece.box]
-        nbytes = piece.box.numel * piece.spec.itemsize
-        memory[offset : offset + nbytes].view(piece.data.dtype).copy_(piece.data, non_blocking=True)
-        stored.append(offset)
-    if torch.cuda.is_available():
-        torch.cuda.current_stream().synchronize()
-    records = tuple(
-        StoredPiece(
-            piece.spec,
-            piece.box,
-            fingerprint.to_hex(value),
-            offset,
-            0 if offset is None else piece.box.numel * piece.spec.itemsize,
-        )
-        for piece, value, offset in zip(pieces, as_unsigned(found), stored, strict=True)
-    )
-    return StagedFile(memory.numpy().data, records)
+
+    def __init__(
+        self,
+        header: bytes,
+        sources: Sequence[tuple[int, torch.Tensor]],
+        size: int,
+        memory: torch.Tensor,
+        stream: torch.cuda.Stream | None,
+        timeout: float,
+    ) -> None:
+        self._spans = list(spans(size))
+        on_host = [source for source in sources if not source[1].is_cuda]
+        self._all_on_device = not on_host
+        self._host = _Cursor([(0, torch.frombuffer(bytearray(header), dtype=torch.uint8)), *on_host])
+        self._device = _Cursor([source for source in sources if source[1].is_cuda])
+        self._memory = memory
+        self._stream = stream
+        self._timeout = timeout
+        self._events: dict[int, torch.cuda.Event] = {}
+        self._enqueued = False
+        self.copied = 0
+        self._slots: queue.SimpleQueue[int] | None = None
+        room = memory.numel() // BLOCK_BYTES
+        if room < len(self._spans):
+            self._slots = queue.SimpleQueue()
+            for slot in range(room):
+                self._slots.put(slot)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether memory has to be used again, so that copies wait for writes."""
+        return self._slots is not None
+
+    @property
+    def by_device_alone(self) -> bool:
+        """Whether every copy of live memory is already in the stream's queue."""
+        return self._enqueued and self._all_on_device
+
+    def enqueue(self) -> None:
+        """Start all copies from the device; nothing waits. Only where the whole image has room."""
+        for first in range(0, len(self._spans), _TOGETHER):
+            numbers = range(first, min(first + _TOGETHER, len(self._spans)))
+            start, stop = self._spans[numbers[0]][0], self._spans[numbers[-1]][1]
+            self._copy_from_device(numbers, self._memory[start:stop], start, stop)
+        self._enqueued = True
+
+    def copied_on_device(self) -> None:
+        """Make the current stream wait for the copies that `enqueue` started."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def blocks(self) -> Iterator[Block]:
+        """Each block, in order, once its bytes are there. Raises `SaveFailed` when no memory is freed in time."""
+        for number, (start, stop) in enumerate(self._spans):
+            slot = self._take()
+            memory = self._memory[start:stop] if slot is None else _slot(self._memory, slot, stop - start)
+            self._host.copy(memory, start, stop)
+            if not self._enqueued:
+                self._copy_from_device((number,), memory, start, stop)
+            if (event := self._events.pop(number, None)) is not None:
+                event.synchronize()
+            self.copied += 1
+            yield Block(number, memory.numpy().data, self._freeing(slot))
+
+    def _copy_from_device(self, numbers: Sequence[int], memory: torch.Tensor, start: int, stop: int) -> None:
+        if self._stream is None:
+            return
+        with torch.cuda.stream(self._stream):
+            if self._device.copy(memory, start, stop):
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(self._stream)
+                self._events |= dict.fromkeys(numbers, event)
+
+    def _take(self) -> int | None:
+        if self._slots is None:
+            return None
+        try:
+            return self._slots.get(timeout=self._timeout)
+        except queue.Empty:
+            what = f"no block was written within {self._timeout:.0f} s"
+            problem = Problem("write", "", what, "look at the file system's health; it is full, hung or very slow")
+            raise SaveFailed("the file system does not take the checkpoint", [problem]) from None
+
+    def _freeing(self, slot: int | None) -> Callable[[], None] | None:
+        if self._slots is None or slot is None:
+            return None
+        put, number = self._slots.put, slot
+        return lambda: put(number)
+
+
+class _Cursor:
+    """Sources in file order, consumed block by block."""
+
+    def __init__(self, sources: Sequence[tuple[int, torch.Tensor]]) -> None:
+        self._sources = sources
+        self._next = 0
+
+    def copy(self, memory: torch.Tensor, start: int, stop: int) -> bool:
+        """Copy what lies in bytes [start, stop) of the file to `memory`; whether there was anything."""
+        found = False
+        while self._next < len(self._sources):
+            offset, data = self._sources[self._next]
+            end = offset + data.numel()
+            if offset >= stop:
+                break
+            lo, hi = max(offset, start), min(end, stop)
+            if lo < hi:
+                whole = lo == offset and hi == end
+                source = data if whole else data[lo - offset : hi - offset]
+                memory[lo - start : hi - start].copy_(source, non_blocking=True)
+                found = True
+            if end > stop:
+                break
+            self._next += 1
+        return found
+
+
+def _slot(memory: torch.Tensor, slot: int, nbytes: int) -> torch.Tensor:
+    return memory[slot * BLOCK_BYTES : slot * BLOCK_BYTES + nbytes]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from resume_kit.checkpoint import blocks, files, names
+from resume_kit.checkpoint import blocks, files, names, writing
 from resume_kit.checkpoint.blocks import digest_image
 from resume_kit.errors import SaveFailed, UsageError
 from resume_kit.integrity.verify import deep_problems, quick_problems
@@ -32,8 +32,9 @@ STEP = 5
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Blocks of 1000 bytes instead of 16 MiB, so that small images have many."""
-    monkeypatch.setattr(files, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(files, "spans", lambda size: blocks.spans(size, 1000))
+    monkeypatch.setattr(writing, "BLOCK_BYTES", 1000)
+    for module in (files, writing):
+        monkeypatch.setattr(module, "spans", lambda size: blocks.spans(size, 1000))
     return 1000
 
 

@@ -101,7 +101,7 @@ def test_another_version_is_refused_and_is_not_damage(change: dict[str, Any], ex
 
 
 def test_damage_to_the_schema_is_damage_with_a_note(tmp_path: Path) -> None:
-    raw = SMALL.to_bytes().replace(b'"schema":1', b'"schema":3')
+    raw = SMALL.to_bytes().replace(f'"schema":{SCHEMA}'.encode(), b'"schema":3')
     with pytest.raises(CheckpointDamaged, match="it states schema version 3") as error:
         read_manifest(placed(tmp_path, raw))
     assert len(error.value.problems) == 2 and "its digest is" in error.value.problems[0].what

@@ -1,4 +1,4 @@
-"""Reading parts of a checkpoint: what the plan says arrives, whole blocks are checked, and every fault is named."""
+"""Indices and data files against the manifest, and blocks against their digests: every fault is named."""
 
 from __future__ import annotations
 
@@ -6,26 +6,18 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resume_kit.checkpoint import canonical, names
 from resume_kit.checkpoint.blocks import digest_image
+from resume_kit.checkpoint.datafile import Way
 from resume_kit.checkpoint.index import RankIndex, parse_index
 from resume_kit.checkpoint.manifest import read_manifest
-from resume_kit.checkpoint.reading import (
-    ReadAccount,
-    allocate,
-    carry_out,
-    check_data_file,
-    check_ranges,
-    read_index,
-)
-from resume_kit.checkpoint.readplan import ReadPlan, Source, plan_reads
-from resume_kit.checkpoint.transfers import Transfer
+from resume_kit.checkpoint.reading import check_data_file, check_ranges, read_index
 from resume_kit.errors import CheckpointDamaged
 from tests.checkpoints import commit, flip, resign
 
@@ -48,103 +40,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def wanted(*ranges: tuple[int, int], stored: int = 1000) -> tuple[ReadPlan, list[memoryview]]:
-    """A plan that reads each range into a buffer of its own, and the buffers."""
-    transfers = tuple(Transfer(start, number, 0, stop - start) for number, (start, stop) in enumerate(ranges))
-    buffers = [memoryview(bytearray(stop - start)) for start, stop in ranges]
-    return plan_reads([Source("rank-00003.safetensors", DIGESTS, stored, transfers)]), buffers
-
-
-# -- carrying out a plan
-
-
-def test_wanted_bytes_are_those_of_the_file_and_all_are_accounted_for(data: Path) -> None:
-    ranges = [(64, 256), (300, 310), (500, 500 + 3), (640, 704)]
-    plan, buffers = wanted(*ranges)
-    account = carry_out(plan, data.parent, buffers)
-    assert [bytes(buffer) for buffer in buffers] == [IMAGE[start:stop] for start, stop in ranges]
-    assert account == ReadAccount(
-        wanted_bytes=269,
-        read_bytes=269,
-        verified_bytes=256,
-        unverified=(("rank-00003.safetensors", 256, 320), ("rank-00003.safetensors", 448, 512)),
-    )
-
-
-def test_neighbours_that_were_read_in_part_are_one_range(data: Path) -> None:
-    plan, buffers = wanted((40, 80), (140, 150))
-    assert carry_out(plan, data.parent, buffers).unverified == (("rank-00003.safetensors", 0, 192),)
-
-
-@pytest.mark.parametrize("position", [0, 63, 64, 500, 999])
-def test_a_flipped_bit_is_seen_by_who_reads_its_block_whole_and_by_nobody_else(position: int, data: Path) -> None:
-    flip(data, position, 5)
-    start, stop = DIGESTS.span(position // BLOCK)
-    named = rf"rank-00003\.safetensors: the content of bytes {start:,}\.\.{stop:,} is not what was saved"
-    plan, buffers = wanted((start, stop))
-    with pytest.raises(CheckpointDamaged, match=named):
-        carry_out(plan, data.parent, buffers)
-    others = [(lo, hi) for lo, hi in [(0, start), (stop, 1000)] if lo < hi]
-    plan, buffers = wanted(*others, stored=10_000)
-    account = carry_out(plan, data.parent, buffers)
-    assert account.verified_bytes == 1000 - (stop - start) and not account.unverified
-
-
-def test_nothing_of_a_bad_block_is_passed_on(data: Path) -> None:
-    flip(data, 70, 0)
-    plan, buffers = wanted((0, 64), (64, 128))
-    with pytest.raises(CheckpointDamaged):
-        carry_out(plan, data.parent, buffers)
-    assert bytes(buffers[0]) == IMAGE[:64] and bytes(buffers[1]) == bytes(64)
-
-
-def test_a_flipped_bit_in_a_block_that_is_read_in_part_is_passed_on(data: Path) -> None:
-    """That is why the account names the block: digests cannot tell, fingerprints will."""
-    flip(data, 70, 0)
-    plan, buffers = wanted((70, 72))
-    account = carry_out(plan, data.parent, buffers)
-    assert bytes(buffers[0]) == bytes([IMAGE[70] ^ 1, IMAGE[71]])
-    assert account.verified_bytes == 0 and account.unverified == (("rank-00003.safetensors", 64, 128),)
-
-
-@pytest.mark.parametrize("size", [0, 63, 500, 999])
-@pytest.mark.parametrize("ranges", [[(0, 1000)], [(3, 7), (700, 730), (990, 1000)]])
-def test_a_truncated_file_is_named_with_its_end(size: int, ranges: list[tuple[int, int]], data: Path) -> None:
-    os.truncate(data, size)
-    plan, buffers = wanted(*ranges)
-    with pytest.raises(CheckpointDamaged, match=f"truncated: it ends at byte {size}"):
-        carry_out(plan, data.parent, buffers)
-
-
-def test_a_file_that_cannot_be_opened_or_read_is_named(tmp_path: Path) -> None:
-    plan, buffers = wanted((64, 65))
-    with pytest.raises(CheckpointDamaged, match=r"rank-00003\.safetensors: cannot be opened: No such file"):
-        carry_out(plan, tmp_path, buffers)
-    (tmp_path / "rank-00003.safetensors").mkdir()
-    with pytest.raises(CheckpointDamaged, match="read failed at byte 64: Is a directory"):
-        carry_out(plan, tmp_path, buffers)
-
-
-def test_no_descriptor_is_left_open_by_a_failure(data: Path) -> None:
-    flip(data, 0, 0)
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(5):
-        plan, buffers = wanted((0, 64))
-        with pytest.raises(CheckpointDamaged):
-            carry_out(plan, data.parent, buffers)
-        with pytest.raises(CheckpointDamaged):
-            check_ranges(data, DIGESTS, [(0, 1)])
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.mark.parametrize("nbytes", [0, 1, 1000, (1 << 20) - 1, 1 << 20, (3 << 20) + 1])
-def test_memory_is_of_the_asked_size_and_large_memory_starts_on_a_page(nbytes: int) -> None:
-    memory = allocate(nbytes)
-    assert (memory.nbytes, memory.itemsize, memory.readonly) == (nbytes, 1, False)
-    if nbytes >= 1 << 20:
-        assert np.frombuffer(memory, np.uint8).ctypes.data % 4096 == 0
-
-
 # -- checking without keeping
 
 
@@ -163,17 +58,19 @@ def test_a_check_reads_the_blocks_of_its_ranges_and_no_others(ranges: list[tuple
     assert [problem.what for problem in caught.value.problems] == named
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_a_check_names_every_bad_block_and_the_end_of_a_truncated_file_once(cached: bool, data: Path) -> None:
+@pytest.mark.parametrize("way", get_args(Way))
+def test_a_check_names_every_bad_block_and_the_end_of_a_truncated_file_once(way: Way, data: Path) -> None:
     for position in (900, 200, 450):
         flip(data, position, 0)
+    sizes: list[int] = []
     with pytest.raises(CheckpointDamaged) as caught:
-        check_ranges(data, DIGESTS, [(0, 1000)], cached=cached)
+        check_ranges(data, DIGESTS, [(0, 1000)], way=way, on_block=sizes.append)
+    assert sum(sizes) == 1000 and len(sizes) == len(DIGESTS.blocks)
     assert [problem.what.split()[4] for problem in caught.value.problems] == ["192..256", "448..512", "896..960"]
     assert {problem.where for problem in caught.value.problems} == {str(data)}
     os.truncate(data, 500)
     with pytest.raises(CheckpointDamaged) as caught:
-        check_ranges(data, DIGESTS, [(448, 1000)], cached=cached)
+        check_ranges(data, DIGESTS, [(448, 1000)], way=way)
     assert [problem.what for problem in caught.value.problems] == ["truncated: it ends at byte 500"]
 
 
@@ -227,7 +124,7 @@ def test_an_index_of_another_rank_step_or_run_is_told(field: str, value: object,
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("format", "other"), ("schema", 2), ("tensors", [["a"]]), ("tensors", 3), ("pieces", [[99, "", "", 0, 0]]),
+        ("format", "other"), ("schema", 99), ("tensors", [["a"]]), ("tensors", 3), ("pieces", [[99, "", "", 0, 0]]),
         ("pieces", [[0, "5:1", "0" * 16, 0, 0]]), ("pieces", [[0, "x", "0" * 16, 0, 0]]), ("data", {}), ("data", None),
     ],
 )  # fmt: skip

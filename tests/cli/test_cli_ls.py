@@ -86,5 +86,5 @@ def test_empty_and_torn_only_runs_are_readable(cli: Cli, tmp_path: Path) -> None
 def test_a_strange_checkpoint_of_a_newer_version_is_shown(cli: Cli, tmp_path: Path) -> None:
     commit(tmp_path, 10)
     manifest = tmp_path / "step-000000010" / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes().replace(b'"schema":1', b'"schema":7'))
+    manifest.write_bytes(manifest.read_bytes().replace(b'"schema":2', b'"schema":7'))
     assert "schema version 7" in str(cli("ls", tmp_path, "--json").json["checkpoints"][0]["problems"])

@@ -136,7 +136,7 @@ def test_data_of_another_save_under_the_same_index(cli: Cli, checkpoint: Path, t
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"schema": 2}, "schema version 2; this resume_kit reads version 1"),
+        ({"schema": 99}, "schema version 99; this resume_kit reads version 2"),
         ({"requires": ["time-travel"]}, "requires features that this resume_kit does not know: time-travel"),
         ({"format": "other"}, "format is 'other', not 'resume_kit'"),
     ],

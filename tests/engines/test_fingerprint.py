@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,13 +11,26 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from resume_kit.algebra import fingerprint as reference  # noqa: E402
+from resume_kit.algebra import native  # noqa: E402
 from resume_kit.algebra.boxes import Box, boxes_of_flat_range  # noqa: E402
 from resume_kit.engines import fingerprint as module  # noqa: E402
-from resume_kit.engines.fingerprint import as_unsigned, fingerprint_of_box, fingerprints  # noqa: E402
+from resume_kit.engines import fingerprint_torch  # noqa: E402
+from resume_kit.engines.fingerprint import FingerprintPlan, as_unsigned, fingerprint_of_box, fingerprints  # noqa: E402
 from resume_kit.errors import UsageError  # noqa: E402
 
-DTYPES = sorted(module._TAKEN, key=str)
+DTYPES = sorted(module.TAKEN, key=str)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=["C", "torch"], autouse=True, scope="module")
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test here runs by the C extension and without it (and, with a CUDA device, by Triton and without)."""
+    if request.param == "C" and not native.AVAILABLE:
+        pytest.skip("the C extension was not built (no compiler?)")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "AVAILABLE", request.param == "C")
+        patch.setattr(module, "TRITON", module.TRITON and request.param == "C")
+        yield
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -70,7 +84,7 @@ def test_no_split_changes_the_fingerprint(
 @pytest.mark.parametrize("text", ["0:40,0:50", "3:9,0:50", "0:40,7:31", "1:40,0:1"])
 @pytest.mark.parametrize("chunk", [1, 7, 50, 64])
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, text: str, chunk: int) -> None:
-    monkeypatch.setattr(module, "_CPU_CHUNK", chunk)
+    monkeypatch.setattr(fingerprint_torch, "_CPU_CHUNK", chunk)
     tensor, box = random_tensor((40, 50), torch.bfloat16, 3), Box.parse(text)
     piece = tensor[box.slices].contiguous()
     assert as_unsigned(fingerprint_of_box(piece, (40, 50), box)) == [numpy_fingerprint(piece, (40, 50), box)]
@@ -120,3 +134,22 @@ def test_misfits_are_refused() -> None:
         fingerprint_of_box(torch.zeros(3, 2).t(), (2, 3), box)
     with pytest.raises(ValueError, match="not within shape"):
         fingerprint_of_box(torch.zeros(2, 3), (2, 2), box)
+
+
+def test_a_plan_reads_what_the_memory_holds_when_it_runs() -> None:
+    box, shape = Box.parse("0:9,2:5"), (9, 7)
+    data = random_tensor(box.shape, torch.bfloat16, 1)
+    plan = FingerprintPlan([(data, shape, box), (data[:0], shape, Box.parse("3:3,0:7"))])
+    first = as_unsigned(plan.run())
+    assert first == as_unsigned(plan.run()) == [numpy_fingerprint(data, shape, box), 0]
+    data.view(torch.int16)[3, 1] ^= 1
+    assert as_unsigned(plan.run()) == [numpy_fingerprint(data, shape, box), 0] != first
+
+
+def test_the_backend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert module.backend(cpu) == (f"C, {native.instructions()}" if native.AVAILABLE else "torch")
+    monkeypatch.setattr(module, "TRITON", True)
+    assert module.backend(cuda) == "Triton"
+    monkeypatch.setattr(module, "TRITON", False)
+    assert module.backend(cuda) == "torch"

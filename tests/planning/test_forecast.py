@@ -22,13 +22,13 @@ def reads_of(rank: int, world_size: int, options: dict[str, Any], checkpoint: st
     """Bytes, parts and files that the engine of this rank does read."""
     from resume_kit.engines.deepspeed.adapter import DeepSpeedAdapter
     from resume_kit.resuming.preflight import plan_reading
-    from resume_kit.resuming.staged import stage_reading
     from tests.jobs import build
+    from tests.reading import read
 
     engine, loader = build(rank, world_size, Job(**options))
     directory = Path(checkpoint)
     order = plan_reading(directory, read_manifest(directory), DeepSpeedAdapter(engine), rank)
-    account = stage_reading(directory, order).account
+    account = read(directory, order).account
     parts = [part for _, parts in order.wants for part in parts]
     loader.close()
     return account.wanted_bytes, len(parts), sorted({part.rank for part in parts})
@@ -86,4 +86,4 @@ def test_the_engine_reads_what_was_forecast(
     assert [row[2] for row in reads] == [found.plan.files_of(rank) for rank in range(live[1])]
     assert not found.plan.missing.any()
     block = max(min(index.data.block_bytes, index.data.size) for index in indices)
-    assert found.peak_host_bytes.tolist() == [row[0] + block for row in reads]
+    assert found.peak_host_bytes.tolist() == [2 * block * -(-row[0] // block) for row in reads]

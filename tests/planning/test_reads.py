@@ -28,9 +28,9 @@ from resume_kit.planning.reads import (
     ranges_by_rank,
 )
 from resume_kit.resuming.preflight import ReadOrder
-from resume_kit.resuming.staged import stage_reading
 from resume_kit.resuming.wanted import Want
 from tests.checkpoints import flip
+from tests.reading import read
 
 KEY = TensorKey("master", "w")
 SHAPES = st.lists(st.integers(1, 6), max_size=3).map(tuple)
@@ -137,9 +137,9 @@ def test_any_box_from_any_split_is_the_array_bit_for_bit(
     tensors = {spec: random_bytes(spec, seed + i) for i, spec in enumerate(owned)}
     with tempfile.TemporaryDirectory() as folder:
         indices = save(Path(folder), tensors, owned, block)
-        staged = stage_reading(Path(folder), order_of(indices, wants))
+        staged = read(Path(folder), order_of(indices, wants))
     for want in wants:
-        got = staged.get(want.spec.key, want.box, getattr(torch, want.spec.dtype))
+        got = staged.get(want.spec.key, want.box)
         assert got is not None and got.shape == (want.box.numel,)
         assert bits(got) == tensors[want.spec][want.box.slices].tobytes()
 
@@ -150,11 +150,9 @@ def test_every_dtype_is_resharded_from_rows_to_columns(dtype: str, tmp_path: Pat
     raw = random_bytes(spec, 3)
     rows = [[Box((0, 0), (2, 5))], [Box((2, 0), (3, 5))], [Box((3, 0), (6, 5))]]
     columns = [Box((0, 0), (6, 2)), Box((0, 2), (6, 5))]
-    staged = stage_reading(
-        tmp_path, order_of(save(tmp_path, {spec: raw}, {spec: rows}), [Want(spec, c) for c in columns])
-    )
+    staged = read(tmp_path, order_of(save(tmp_path, {spec: raw}, {spec: rows}), [Want(spec, c) for c in columns]))
     for box in columns:
-        got = staged.get(KEY, box, getattr(torch, dtype))
+        got = staged.get(KEY, box)
         assert got is not None and bits(got) == raw[box.slices].tobytes()
 
 
@@ -162,13 +160,13 @@ def test_what_was_not_wanted_or_not_stored_is_not_there(tmp_path: Path) -> None:
     spec = TensorSpec(KEY, "bfloat16", (4,))
     half = [Box((0,), (2,)), Box((2,), (4,))]
     indices = save(tmp_path, {spec: random_bytes(spec, 1)}, {spec: [half]})
-    staged = stage_reading(tmp_path, order_of(indices, [Want(spec, half[0])]))
-    assert staged.get(KEY, half[0], torch.bfloat16) is not None
-    assert staged.get(KEY, half[1], torch.bfloat16) is None
+    staged = read(tmp_path, order_of(indices, [Want(spec, half[0])]))
+    assert staged.get(KEY, half[0]) is not None
+    assert staged.get(KEY, half[1]) is None
     cast = replace(indices[0], pieces=tuple(replace(p, offset=None, nbytes=0) for p in indices[0].pieces))
     want = Want(spec, half[0], required=False)
     order = ReadOrder(((want, tuple(StoredPieces([cast]).parts(KEY, half[0]))),), {0: cast})
-    assert stage_reading(tmp_path, order).get(KEY, half[0], torch.bfloat16) is None
+    assert read(tmp_path, order).get(KEY, half[0]) is None
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4)])
@@ -176,9 +174,7 @@ def test_a_box_without_elements_is_there_and_empty(shape: tuple[int, ...], tmp_p
     """A buffer of no elements is a replica that must be restored like any other."""
     spec = TensorSpec(KEY, "float32", shape)
     indices = save(tmp_path, {spec: random_bytes(spec, 1)}, {spec: [[Box.whole(shape)]]})
-    got = stage_reading(tmp_path, order_of(indices, [Want(spec, Box.whole(shape))])).get(
-        KEY, Box.whole(shape), torch.float32
-    )
+    got = read(tmp_path, order_of(indices, [Want(spec, Box.whole(shape))])).get(KEY, Box.whole(shape))
     assert got is not None and got.numel() == 0 and got.dtype == torch.float32
 
 
@@ -190,9 +186,9 @@ def test_damage_in_a_part_that_is_read_is_named_and_elsewhere_is_not_seen(tmp_pa
     assert piece.offset is not None
     flip(tmp_path / names.data_file(1), piece.offset + piece.nbytes - 1, 0)
     first, last = (order_of(indices, [Want(spec, box)]) for box in (Box((8,), (32,)), Box((8,), (64,))))
-    assert stage_reading(tmp_path, first).get(KEY, Box((8,), (32,)), torch.float64) is not None
+    assert read(tmp_path, first).get(KEY, Box((8,), (32,))) is not None
     with pytest.raises(CheckpointDamaged, match=r"rank-00001\.safetensors: the content of bytes"):
-        stage_reading(tmp_path, last)
+        read(tmp_path, last)
 
 
 # -- parts and ranges

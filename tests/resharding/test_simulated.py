@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from resume_kit.algebra import fingerprint
 from resume_kit.algebra.boxes import Box
@@ -17,9 +16,10 @@ from resume_kit.planning.layouts.megatron import megatron_layout
 from resume_kit.planning.layouts.topology import MegatronTopology
 from resume_kit.planning.layouts.zero import zero_layout
 from resume_kit.resuming.preflight import ReadOrder
-from resume_kit.resuming.staged import stage_reading, verify_unread
+from resume_kit.resuming.reading import verify_unread
 from tests.damage import flip_bit
 from tests.planning.models import Gpt
+from tests.reading import read
 from tests.resharding.simulated import holdings, order_of, random_state, write_world
 
 GPT = Gpt(layers=4, hidden=144, ffn=432, heads=12, groups=12, vocabulary=240, tied=True).geometry
@@ -57,9 +57,9 @@ def test_every_element_arrives_on_every_rank_that_holds_it(change: str, tmp_path
         held = list(holdings(target, rank))
         assert held
         order = order_of(held, indices)
-        staged = stage_reading(tmp_path / "world", order)
+        staged = read(tmp_path / "world", order)
         for one in held:
-            found = staged.get(one.spec.key, one.box, torch.float32)
+            found = staged.get(one.spec.key, one.box)
             assert found is not None
             assert np.array_equal(found.numpy(), state[one.spec][one.box.slices].ravel())
             if one.owned:
@@ -99,11 +99,11 @@ def test_a_flipped_bit_changes_the_sum_or_is_met_in_a_whole_block(tmp_path: Path
         held = list(holdings(target, rank))
         order = order_of(held, indices)
         try:
-            staged = stage_reading(tmp_path / "world", order)
+            staged = read(tmp_path / "world", order)
         except CheckpointDamaged as damage:
             met.append(str(damage))
             continue
-        parts = [(one.box, staged.get(one.spec.key, one.box, torch.float32)) for one in held if one.spec == piece.spec]
+        parts = [(one.box, staged.get(one.spec.key, one.box)) for one in held if one.spec == piece.spec]
         shares = [fingerprint.fingerprint_of_box(found.numpy(), piece.spec.shape, box) for box, found in parts]
         before = [
             fingerprint.fingerprint_of_box(state[piece.spec][box.slices].ravel(), piece.spec.shape, box)

@@ -158,7 +158,7 @@ def look(kit: Any) -> dict[str, Any]:
     import torch
 
     from resume_kit.engines import rng
-    from resume_kit.saving.staging import cast_matches
+    from resume_kit.engines.casts import cast_mismatches
 
     adapter = kit._adapter
     pieces = adapter.pieces()
@@ -173,7 +173,7 @@ def look(kit: Any) -> dict[str, Any]:
         "scaler": state["scaler"],
         "position": kit._data.position,
         "dtypes": sorted({p.spec.dtype for p in pieces if p.spec.key.kind == "param"}),
-        "casts": all(cast_matches([p for p in pieces if p.cast_of is not None])),
+        "casts": not cast_mismatches([(p.data, p.cast_of.data) for p in pieces if p.cast_of is not None]).any(),
         "rng": rng.digests(generators),
         "torch": torch.get_rng_state().numpy().tobytes(),
     }

@@ -1,4 +1,4 @@
-"""A damaged checkpoint is named and left aside for the newest good one; nothing live is touched before."""
+"""A damaged checkpoint is named and left aside for the newest good one, which makes the live engine whole again."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+from resume_kit.checkpoint.blocks import digest_image
 from tests.conftest import Ranks
-from tests.damage import DAMAGES, MISFITS, flip_random_bit
+from tests.damage import DAMAGES, MISFITS, flip_bit, flip_random_bit, resign, resign_index
 from tests.jobs import Job, build, live_digests, text_file, train
+
+#: Found only when the data is read, which goes straight into the live tensors.
+FOUND_WHILE_READING = {"data swapped", "data flipped"}
 
 
 def resume_each(rank: int, world_size: int, options: dict[str, Any], runs: list[str], policy: dict[str, Any]) -> Any:
@@ -36,8 +40,21 @@ def resume_each(rank: int, world_size: int, options: dict[str, Any], runs: list[
             step, error = -1, f"{type(refusal).__name__}: {refusal}"
         assert kit.report is not None
         rejected = [problem["where"] for r in kit.report.rejected for problem in r["problems"]]
-        untouched = live_digests(kit) == before and loader.position == 0
-        outcomes.append({"step": step, "error": error, "rejected": rejected, "untouched": untouched})
+        try:
+            refused = "" if step >= 0 else str(kit.step(1.0))
+        except ResumeKitError as refusal:
+            refused = str(refusal)
+        live = live_digests(kit)
+        outcomes.append(
+            {
+                "step": step,
+                "error": error,
+                "rejected": rejected,
+                "untouched": live == before and loader.position == 0,
+                "live": live,
+                "step refused": refused,
+            }
+        )
         loader.seek(0)
     return outcomes
 
@@ -88,7 +105,40 @@ def test_refuses_every_damage_when_told_not_to_fall_back(ranks: Ranks, saved: Jo
         for (name, (_, file)), outcome in zip(DAMAGES.items(), outcomes, strict=True):
             assert outcome["error"].startswith("CheckpointDamaged"), f"{name}: {outcome}"
             assert file in outcome["error"]
-            assert outcome["untouched"]
+            assert outcome["untouched"] or name in FOUND_WHILE_READING
+            assert "call resume() before the first step()" in outcome["step refused"]
+
+
+def in_blocks(checkpoint: Path, block_bytes: int) -> None:
+    """Sign the checkpoint anew with digests of smaller blocks, so that small files have many."""
+    for rank in range(2):
+        data = digest_image(memoryview((checkpoint / f"rank-{rank:05d}.safetensors").read_bytes()), block_bytes)
+        blocks = {"block_bytes": block_bytes, "blocks": list(data.blocks)}
+        resign_index(checkpoint, rank, lambda index, blocks=blocks: index["data"].update(blocks))
+        resign(
+            checkpoint / "manifest.json",
+            lambda manifest, rank=rank, data=data: manifest["ranks"][rank]["data"].update(digest=data.whole),
+        )
+
+
+def test_damage_met_halfway_leaves_no_trace_after_the_fallback(ranks: Ranks, saved: Job, tmp_path: Path) -> None:
+    """Most blocks of step 4 are in the live tensors when the bad one shows; step 2 then replaces them all."""
+    damaged, forbidden, older, good = copies(saved, tmp_path, 4)
+    for run in (damaged, forbidden, good):
+        in_blocks(run / "step-000000004", 4096)
+    for run in (damaged, forbidden):
+        file = run / "step-000000004" / "rank-00001.safetensors"
+        flip_bit(file, 8 * (file.stat().st_size - 10_000))
+    shutil.rmtree(older / "step-000000004")
+    fell_back = ranks.run(resume_each, 2, saved.to_json(), [str(damaged)], {})
+    refused = ranks.run(resume_each, 2, saved.to_json(), [str(forbidden)], {"fallback": False})
+    undamaged = ranks.run(resume_each, 2, saved.to_json(), [str(older), str(good)], {})
+    for (mine,), (other,), (expected, newer) in zip(fell_back, refused, undamaged, strict=True):
+        assert (mine["step"], expected["step"], newer["step"]) == (2, 2, 4)
+        assert mine["live"] == expected["live"] != newer["live"]
+        assert other["step"] == -1 and "call resume() before" in other["step refused"]
+        written = [name for name, digest in other["live"].items() if newer["live"][name] == digest]
+        assert any(name.startswith("master/") for name in written), "the damage was not met halfway"
 
 
 def test_refuses_what_does_not_fit_and_does_not_fall_back(ranks: Ranks, saved: Job, tmp_path: Path) -> None:

@@ -57,6 +57,14 @@ def require_supported(engine: Any) -> None:
         getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False)
     ):
         refuse("state offloaded to NVMe", "offload to cpu instead")
+    offload = engine._config._param_dict.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("ratio", 1.0) < 1.0 or offload.get("super_offload"):
+        refuse(
+            "offload_optimizer with ratio below 1, or super_offload: part of its state would not be saved",
+            "leave both out",
+        )
+    if type(getattr(optimizer, "optimizer", None)).__name__.startswith("Muon"):
+        refuse("Muon: its momentum moves outside of the optimizer's own step", "use Adam, AdamW, SGD, Lion or Adagrad")
     if stage == 3 and engine.zero_hpz_partition_size() > 1:
         refuse("hierarchical partitioning (zero_hpz_partition_size > 1)", "set it to 1")
     if stage in (1, 2) and getattr(optimizer, "round_robin_gradients", False):

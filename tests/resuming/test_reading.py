@@ -1,4 +1,4 @@
-"""Staging: a rank's own bytes from real files, whole blocks checked, memory bounded, and a diagnosis of the rest."""
+"""Reading into live tensors: a rank's own bytes from real files, whole blocks checked, and a diagnosis of the rest."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from resume_kit.checkpoint.layout import plan_file
 from resume_kit.checkpoint.records import TensorKey, TensorSpec
 from resume_kit.errors import CheckpointDamaged
 from resume_kit.planning.reads import StoredPieces
+from resume_kit.resuming import preflight
 from resume_kit.resuming.preflight import ReadOrder
-from resume_kit.resuming.staged import stage_reading, verify_unread
+from resume_kit.resuming.reading import read_into, verify_unread
 from resume_kit.resuming.wanted import Want
 from tests.checkpoints import flip
+from tests.reading import read
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 ROWS, COLUMNS = 64, 48
@@ -67,10 +69,10 @@ def columns_of(saved: Tensors, parts: int, part: int) -> list[Want]:
     return [Want(spec, slices(spec, parts, part)) for spec in saved]
 
 
-def assert_staged(directory: Path, order: ReadOrder, saved: Tensors) -> None:
-    staged = stage_reading(directory, order)
+def assert_read(directory: Path, order: ReadOrder, saved: Tensors) -> None:
+    result = read(directory, order)
     for want, _ in order.wants:
-        found = staged.get(want.spec.key, want.box, torch.float32)
+        found = result.get(want.spec.key, want.box)
         assert found is not None
         assert np.array_equal(found.numpy(), saved[want.spec][want.box.slices].reshape(-1))
 
@@ -84,8 +86,8 @@ def test_the_same_topology_reads_its_own_file_once_and_checks_every_byte(rank: i
     saved = tensors()
     indices = save(tmp_path, saved, 2, block)
     order = order_of(indices, columns_of(saved, 2, rank))
-    assert_staged(tmp_path, order, saved)
-    account = stage_reading(tmp_path, order).account
+    assert_read(tmp_path, order, saved)
+    account = read(tmp_path, order).account
     size = (tmp_path / names.data_file(rank)).stat().st_size
     assert account.read_bytes == account.verified_bytes == size == indices[rank].data.size
     assert account.wanted_bytes == len(KINDS) * ROWS * COLUMNS // 2 * 4 and not account.unverified
@@ -102,8 +104,8 @@ def test_another_number_of_slices_reads_hardly_more_than_is_wanted(
     for part in {0, parts - 1}:
         wants = columns_of(saved, parts, part)
         order = order_of(indices, wants)
-        assert_staged(tmp_path, order, saved)
-        account = stage_reading(tmp_path, order).account
+        assert_read(tmp_path, order, saved)
+        account = read(tmp_path, order).account
         wanted = sum(want.box.numel * 4 for want in wants)
         whole = [
             index
@@ -121,17 +123,17 @@ def test_a_flat_range_of_another_split_reads_hardly_more_than_is_wanted(tmp_path
     indices = save(tmp_path, saved, 2, BLOCK)
     wants = [Want(spec, box) for spec in saved for box in boxes_of_flat_range(spec.shape, 1001, 2007)]
     order = order_of(indices, wants)
-    assert_staged(tmp_path, order, saved)
-    account = stage_reading(tmp_path, order).account
+    assert_read(tmp_path, order, saved)
+    account = read(tmp_path, order).account
     assert account.wanted_bytes == len(KINDS) * 1006 * 4
     assert account.read_bytes <= 1.05 * account.wanted_bytes
 
 
-def test_the_same_box_wanted_twice_is_staged_once(tmp_path: Path) -> None:
+def test_the_same_box_wanted_twice_is_read_once(tmp_path: Path) -> None:
     saved = tensors()
     indices = save(tmp_path, saved, 2, BLOCK)
     wants = columns_of(saved, 2, 1)
-    once, twice = (stage_reading(tmp_path, order_of(indices, wanted)).account for wanted in (wants, [*wants, *wants]))
+    once, twice = (read(tmp_path, order_of(indices, wanted)).account for wanted in (wants, [*wants, *wants]))
     assert once == twice
 
 
@@ -141,9 +143,9 @@ def test_a_weight_that_is_stored_only_in_part_is_left_to_its_master(tmp_path: Pa
     first, second = save(tmp_path, saved, 2, BLOCK)
     cast = replace(second, pieces=tuple(replace(piece, offset=None, nbytes=0) for piece in second.pieces))
     wants = [Want(spec, Box.whole(spec.shape), required=False) for spec in saved]
-    staged = stage_reading(tmp_path, order_of([first, cast], wants))
-    assert all(staged.get(want.spec.key, want.box, torch.float32) is None for want in wants)
-    assert staged.account.read_bytes == 0
+    result = read(tmp_path, order_of([first, cast], wants))
+    assert all(result.get(want.spec.key, want.box) is None for want in wants)
+    assert result.account.read_bytes == 0
 
 
 # -- damage
@@ -157,17 +159,17 @@ def test_every_flipped_bit_of_the_own_file_is_seen_header_included(tmp_path: Pat
         flip(path, position, 3)
         start = position // BLOCK * BLOCK
         with pytest.raises(CheckpointDamaged, match=rf"rank-00001\.safetensors: the content of bytes {start:,}\.\."):
-            stage_reading(tmp_path, order)
+            read(tmp_path, order)
         flip(path, position, 3)
-    stage_reading(tmp_path, order)
+    read(tmp_path, order)
 
 
-def test_a_flipped_bit_in_a_block_read_in_part_is_staged_and_found_by_the_diagnosis(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_block_read_in_part_is_written_and_found_by_the_diagnosis(tmp_path: Path) -> None:
     saved = tensors()
     indices = save(tmp_path, saved, 2, BLOCK)
     order = order_of(indices, columns_of(saved, 8, 5))
     path = tmp_path / names.data_file(1)
-    account = stage_reading(tmp_path, order).account
+    account = read(tmp_path, order).account
     assert account.unverified and {file for file, _, _ in account.unverified} == {path.name}
     verify_unread(tmp_path, order, account)
 
@@ -176,14 +178,14 @@ def test_a_flipped_bit_in_a_block_read_in_part_is_staged_and_found_by_the_diagno
     row = (COLUMNS // 2) * 4
     position = piece.offset + 30 * row + (COLUMNS // 8) * 4 + 1  # a column that part 5 of 8 wants
     flip(path, position, 6)
-    staged = stage_reading(tmp_path, order)
-    found = staged.get(piece.key, slices(piece.spec, 8, 5), torch.float32)
+    result = read(tmp_path, order)
+    found = result.get(piece.key, slices(piece.spec, 8, 5))
     assert found is not None
     expected = saved[piece.spec][slices(piece.spec, 8, 5).slices].reshape(-1)
     assert int((found.numpy() != expected).sum()) == 1
     start = position // BLOCK * BLOCK
     with pytest.raises(CheckpointDamaged) as caught:
-        verify_unread(tmp_path, order, staged.account)
+        verify_unread(tmp_path, order, result.account)
     (problem,) = caught.value.problems
     assert problem.where == str(path)
     assert problem.what == f"the content of bytes {start:,}..{start + BLOCK:,} is not what was saved"
@@ -194,7 +196,7 @@ def test_the_diagnosis_names_the_damage_of_all_files_and_looks_at_no_other_block
     indices = save(tmp_path, saved, 2, BLOCK)
     wants = [Want(spec, Box((0, 20), (ROWS, 28))) for spec in saved]
     order = order_of(indices, wants)
-    account = stage_reading(tmp_path, order).account
+    account = read(tmp_path, order).account
     for rank in range(2):
         flip(tmp_path / names.data_file(rank), 10, 0)  # in the header, of which nothing was wanted
     verify_unread(tmp_path, order, account)
@@ -208,7 +210,58 @@ def test_the_diagnosis_names_the_damage_of_all_files_and_looks_at_no_other_block
         verify_unread(tmp_path, order, account)
 
 
-# -- memory
+# -- live memory
+
+
+def test_every_tensor_that_holds_a_box_is_filled_and_its_bytes_are_read_once(tmp_path: Path) -> None:
+    saved = tensors()
+    wants = columns_of(saved, 2, 1)
+    order = order_of(save(tmp_path, saved, 2, BLOCK), wants)
+    places = {(want.spec.key, want.box): [torch.zeros(want.box.numel) for _ in range(2)] for want in wants}
+    account = read_into(tmp_path, order, places)
+    assert account == read(tmp_path, order).account
+    for want in wants:
+        for found in places[want.spec.key, want.box]:
+            assert np.array_equal(found.numpy(), saved[want.spec][want.box.slices].reshape(-1))
+
+
+def test_what_has_no_live_memory_is_not_read(tmp_path: Path) -> None:
+    """Moments that a policy drops."""
+    saved = tensors()
+    wants = columns_of(saved, 2, 1)
+    order = order_of(save(tmp_path, saved, 2, BLOCK), wants)
+    only = wants[0]
+    found = torch.zeros(only.box.numel)
+    account = read_into(tmp_path, order, {(only.spec.key, only.box): [found]})
+    assert np.array_equal(found.numpy(), saved[only.spec][only.box.slices].reshape(-1))
+    assert account.wanted_bytes == found.nbytes and account.read_bytes <= 1.05 * found.nbytes
+    assert read_into(tmp_path, order, {}).read_bytes == 0
+
+
+def test_live_memory_of_another_size_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    saved = tensors()
+    first, second, *_ = wants = columns_of(saved, 2, 1)
+    order = order_of(save(tmp_path, saved, 2, BLOCK), wants)
+    good, short = torch.zeros(first.box.numel), torch.zeros(second.box.numel, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"exp_avg/w \[.*\] is live with 3,072 bytes, not 6,144"):
+        read_into(tmp_path, order, {(first.spec.key, first.box): [good], (second.spec.key, second.box): [short]})
+    assert not good.any()
+
+
+def test_memory_for_the_windows_of_all_ranks_of_a_host_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tensors()
+    order = order_of(save(tmp_path, saved, 2, BLOCK), columns_of(saved, 2, 1))
+    monkeypatch.setattr("os.cpu_count", lambda: 24)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # 3 threads a rank
+    needed = 8 * 3 * 2 * BLOCK
+    for available, expected in ((needed, 0), (needed - 1, 1), (None, 0)):
+        monkeypatch.setattr(preflight, "available_memory", lambda available=available: available)
+        problems = preflight.check_memory(order, 5)
+        assert len(problems) == expected
+        for problem in problems:
+            assert problem.where == "rank 5" and f"needs {needed:,} bytes of memory" in problem.what
 
 
 def resident(field: str) -> int:
@@ -219,16 +272,18 @@ def resident(field: str) -> int:
     raise AssertionError(field)
 
 
+@pytest.mark.parametrize("readers", [1, 3])
 @pytest.mark.parametrize("parts", [2, 3, 16])
-def test_memory_is_the_wanted_boxes_and_two_blocks_at_the_most(parts: int, tmp_path: Path) -> None:
+def test_beside_the_live_tensors_there_is_one_window_for_each_thread(parts: int, readers: int, tmp_path: Path) -> None:
     """Two files of 54 MB: all of one (half the columns), two thirds of it, and an eighth of it in short runs."""
     saved = tensors(4096, 2200)
     order = order_of(save(tmp_path, saved, 2, BLOCK_BYTES), columns_of(saved, parts, 0))
     wanted = sum(want.box.numel * 4 for want, _ in order.wants)
     del saved
+    places = {(want.spec.key, want.box): [torch.ones(want.box.numel)] for want, _ in order.wants}
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS")
-    staged = stage_reading(tmp_path, order)
+    account = read_into(tmp_path, order, places, readers=readers)
     peak = resident("VmHWM") - before
-    assert staged.account.wanted_bytes == wanted
-    assert wanted * 0.9 < peak < wanted + 2 * BLOCK_BYTES
+    assert account.wanted_bytes == wanted
+    assert peak < readers * BLOCK_BYTES + (8 << 20)

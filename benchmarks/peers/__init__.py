@@ -1,0 +1,1 @@
+"""What the kit is measured beside, one file a system; `benchmarks.peers.registry` lists them."""

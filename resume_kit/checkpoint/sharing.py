@@ -1,0 +1,89 @@
+"""Work of many threads on one list of things, so that waiting for a disk and checking what came go on side by side."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+from resume_kit import environment
+
+#: Threads that read in one process, at the most by default.
+MOST_READERS = 8
+
+Item = TypeVar("Item")
+
+
+class Shared(Generic[Item]):
+    """An iterator that threads take from in turn, until it ends or one of them stops it for all."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items = iter(items)
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        with self._lock:
+            if self._stopped:
+                raise StopIteration
+            return next(self._items)
+
+    def stop(self) -> None:
+        self._stopped = True
+
+
+def default_readers() -> int:
+    """Threads that read: this rank's share of the cores, from 2 to 8."""
+    return max(2, min(MOST_READERS, (os.cpu_count() or 1) // environment.local_world_size()))
+
+
+def share_out(items: Iterable[Item], work: Callable[[Shared[Item]], None], threads: int) -> None:
+    """Call `work` in so many threads, this one among them, each taking its share of `items`.
+
+    The first error of one stops all and is raised, after every thread has ended.
+    """
+    shared = Shared(items)
+    failures: list[BaseException] = []
+    ended = [threading.Event() for _ in range(threads)]
+
+    def run(number: int) -> None:
+        try:
+            work(shared)
+        except BaseException as error:
+            shared.stop()
+            failures.append(error)
+        finally:
+            ended[number].set()
+
+    others = [threading.Thread(target=run, args=(n,), name=f"reader-{n}", daemon=True) for n in range(1, threads)]
+    try:
+        for thread in others:
+            thread.start()
+        run(0)
+    except BaseException:
+        shared.stop()
+        raise
+    finally:
+        while interrupt := _interrupt_of_waiting(others, ended[1:]):
+            shared.stop()
+            failures.append(interrupt)
+    if failures:
+        raise failures[0]
+
+
+def _interrupt_of_waiting(
+    threads: Sequence[threading.Thread], ended: Sequence[threading.Event]
+) -> BaseException | None:
+    """Wait for the end of all threads that were started; returns what interrupted that."""
+    try:
+        for thread, event in zip(threads, ended, strict=True):
+            if thread.ident is not None:
+                event.wait()  # not join, which takes a thread for ended after an interrupt (Python before 3.13)
+                thread.join()
+    except KeyboardInterrupt as error:
+        return error
+    return None

@@ -1,0 +1,112 @@
+"""Live tensors as the destination of a reading: host memory directly, a GPU's through pinned windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from resume_kit.checkpoint.carrying import WINDOWS, Destination, HostMemory, Lane
+from resume_kit.checkpoint.readplan import Window
+from resume_kit.checkpoint.transfers import Transfer
+
+_UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def live_destination(tensors: Sequence[torch.Tensor]) -> Destination:
+    """`tensors` (contiguous) as the targets of a reading, by number. They are on the CPU, or on it and one GPU."""
+    flats = [tensor.detach().view(-1).view(torch.uint8) for tensor in tensors]
+    devices = {flat.device for flat in flats if flat.device.type != "cpu"}
+    host = {number: _memory(flat) for number, flat in enumerate(flats) if flat.device.type == "cpu"}
+    if not devices:
+        return HostMemory([host[number] for number in range(len(flats))])
+    (device,) = devices
+    return DeviceWindows(flats, host, device)
+
+
+def _memory(flat: torch.Tensor) -> memoryview:
+    """The memory of a 1-D uint8 tensor on the CPU."""
+    return flat.numpy().data
+
+
+def _pinned(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+class DeviceWindows:
+    """Targets in the memory of a GPU, and some in host memory (`host`, by number)."""
+
+    def __init__(self, flats: Sequence[torch.Tensor], host: dict[int, memoryview], device: torch.device) -> None:
+        self._flats = flats
+        self._host = host
+        self._device = device
+        torch.cuda.synchronize(device)  # what was done to the targets before is over
+
+    @contextmanager
+    def lane(self, nbytes: int) -> Iterator[Lane]:
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            try:
+                yield _DeviceLane(self._flats, self._host, nbytes, stream)
+            finally:
+                stream.synchronize()
+
+
+class _DeviceLane:
+    """Each copy is queued on the lane's stream; an event tells when a window's memory may be used again."""
+
+    def __init__(
+        self, flats: Sequence[torch.Tensor], host: dict[int, memoryview], nbytes: int, stream: torch.cuda.Stream
+    ) -> None:
+        self._flats, self._host, self._stream = flats, host, stream
+        self._windows = [_pinned(nbytes) for _ in range(WINDOWS)]
+        self._copied = [torch.cuda.Event() for _ in self._windows]  # type: ignore[no-untyped-call]
+        self._next = 0
+        self._on_device: torch.Tensor | None = None
+
+    def memory(self) -> memoryview:
+        self._copied[self._next].synchronize()
+        return _memory(self._windows[self._next])
+
+    def take(self, memory: memoryview, window: Window) -> None:
+        pinned = self._windows[self._next]
+        strided = []
+        for transfer in window.transfers:
+            if transfer.target in self._host:
+                transfer.move(memory, window.start, self._host[transfer.target])
+            elif transfer.grid:
+                strided.append(transfer)
+            else:
+                source = pinned.narrow(0, transfer.offset - window.start, transfer.length)
+                self._flats[transfer.target].narrow(0, transfer.at, transfer.length).copy_(source, non_blocking=True)
+        if strided:
+            self._scatter(pinned, window.start, strided)
+        self._copied[self._next].record(self._stream)
+        self._next = (self._next + 1) % WINDOWS
+
+    def _scatter(self, pinned: torch.Tensor, start: int, strided: Sequence[Transfer]) -> None:
+        """One copy to the device for all of `strided`, whose runs then find their places there."""
+        if self._on_device is None:
+            self._on_device = torch.empty_like(pinned, device=self._stream.device, pin_memory=False)
+        lo = min(transfer.offset for transfer in strided) - start
+        hi = max(transfer.stop for transfer in strided) - start
+        self._on_device[lo:hi].copy_(pinned[lo:hi], non_blocking=True)
+        for transfer in strided:
+            move_strided(transfer, self._on_device, start, self._flats[transfer.target])
+
+
+def move_strided(transfer: Transfer, window: torch.Tensor, start: int, target: torch.Tensor) -> None:
+    """`Transfer.move` between two uint8 tensors of one device, as one strided copy in the largest words that fit."""
+    counts, sources, aims = zip(*transfer.grid, strict=True) if transfer.grid else ((), (), ())
+    origin = int(window.storage_offset()) + transfer.offset - start
+    aim = int(target.storage_offset()) + transfer.at
+    unit = math.gcd(8, transfer.length, origin, aim, *sources, *aims)
+    shape = (*counts, transfer.length // unit)
+
+    def view(tensor: torch.Tensor, at: int, strides: Sequence[int]) -> torch.Tensor:
+        empty = torch.empty(0, dtype=_UNITS[unit], device=tensor.device)
+        return empty.set_(tensor.untyped_storage(), at // unit, shape, (*(step // unit for step in strides), 1))
+
+    view(target, aim, aims).copy_(view(window, origin, sources), non_blocking=True)

@@ -1,0 +1,160 @@
+"""Live tensors as the destination of a reading: on the CPU in place, on a GPU through windows and strided copies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resume_kit.algebra.boxes import Box
+from resume_kit.checkpoint.blocks import digest_image
+from resume_kit.checkpoint.carrying import HostMemory, carry_out
+from resume_kit.checkpoint.readplan import ReadPlan, Source, Window, plan_reads
+from resume_kit.checkpoint.transfers import Transfer
+from resume_kit.errors import CheckpointDamaged
+from resume_kit.resuming import device_windows
+from resume_kit.resuming.device_windows import live_destination, move_strided
+from tests.checkpoint.test_transfers import OFFSET, file_and_expectation, pairs
+from tests.checkpoints import flip
+
+FILE = "rank-00000.safetensors"
+BLOCK = 4096
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@given(pairs(), st.integers(0, 9), st.integers(0, 9), st.data())
+def test_a_strided_copy_of_tensors_is_what_a_transfer_does(
+    case: tuple[tuple[int, ...], Box, Box, int], before: int, aside: int, data: st.DataObject
+) -> None:
+    """Whole and cut anywhere, from and to memory that begins anywhere in its storage."""
+    _, piece, box, itemsize = case
+    image, expected = file_and_expectation(*case)
+    transfer = Transfer.between(piece, OFFSET, box, itemsize, 0)
+    cut = data.draw(st.integers(0, len(image)))
+    storage = torch.zeros(before + len(expected) + 20, dtype=torch.uint8)
+    target = storage[before : before + len(expected)]
+    for start, stop in ((0, cut), (cut, len(image))):
+        window = torch.zeros(aside + len(image), dtype=torch.uint8)[aside:]
+        window[: stop - start] = torch.tensor(list(image[start:stop]), dtype=torch.uint8)
+        for part in transfer.clip(start, stop):
+            move_strided(part, window, start, target)
+    assert bytes(target.tolist()) == expected
+    assert int(storage.sum()) == int(target.sum())
+
+
+def image_and_plan(directory: Path) -> tuple[bytes, ReadPlan, list[torch.Tensor], list[bytes]]:
+    """A file of many blocks, what of it is wanted, live tensors for that, and what they must then hold.
+
+    Wanted are: all of a large tensor, half of the columns of a matrix, single bytes, two odd ranges of one tensor.
+    """
+    image = np.random.default_rng(5).integers(0, 256, 50_000, np.uint8).tobytes()
+    (directory / FILE).write_bytes(image)
+    live = [torch.zeros(5_000, dtype=torch.float32), torch.zeros((100, 24), dtype=torch.bfloat16), torch.zeros(3)]
+    live += [torch.zeros((), dtype=torch.int64), torch.zeros(0)]
+    transfers = (
+        Transfer(4_096, 0, 0, 20_000),
+        Transfer(24_144, 1, 0, 48, ((100, 96, 48),)),
+        Transfer(40_001, 2, 1, 2),
+        Transfer(40_011, 2, 6, 5),
+        Transfer(41_000, 3, 0, 8),
+    )
+    columns = np.frombuffer(image, np.uint8)[24_144:33_744].reshape(100, 96)[:, :48].tobytes()
+    odd = bytes(1) + image[40_001:40_003] + bytes(3) + image[40_011:40_016] + bytes(1)
+    expected = [image[4_096:24_096], columns, odd, image[41_000:41_008], b""]
+    plan = plan_reads([Source(FILE, digest_image(memoryview(image), BLOCK), 50_000, transfers)])
+    assert any(plan.whole) and {window.block is None for window in plan.windows(0)} == {True, False}
+    return image, plan, live, expected
+
+
+def contents(live: list[torch.Tensor]) -> list[bytes]:
+    return [tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in live]
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_tensors_on_the_cpu_are_filled_in_place(readers: int, tmp_path: Path) -> None:
+    _, plan, live, expected = image_and_plan(tmp_path)
+    parameter = torch.nn.Parameter(live[0])
+    destination = live_destination([parameter, *live[1:]])
+    assert isinstance(destination, HostMemory)
+    carry_out(plan, tmp_path, destination, readers=readers)
+    assert contents(live) == expected and contents([parameter.detach()]) == expected[:1]
+
+
+def test_a_tensor_that_is_not_contiguous_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="view"):
+        live_destination([torch.zeros(4, 6)[:, :3]])
+
+
+# -- the lane of a GPU, its events and pinned memory played by others
+
+
+class Event:
+    """A copy counts as pending from `record` to `synchronize`."""
+
+    def __init__(self, *_: object) -> None:
+        self.pending = False
+
+    def record(self, _stream: object) -> None:
+        assert not self.pending, "the window was used again before its copies were over"
+        self.pending = True
+
+    def synchronize(self) -> None:
+        self.pending = False
+
+
+class Stream:
+    device = torch.device("cpu")
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3])
+@pytest.mark.parametrize("on_host", [(), (0, 1), (2, 3, 4)])
+def test_a_lane_brings_every_transfer_and_waits_for_its_windows(
+    windows: int, on_host: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, plan, live, expected = image_and_plan(tmp_path)
+    monkeypatch.setattr(device_windows, "WINDOWS", windows)
+    monkeypatch.setattr(device_windows, "_pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    flats = [tensor.view(-1).view(torch.uint8) for tensor in live]
+    host = {number: flats[number].numpy().data for number in on_host}
+    lane = device_windows._DeviceLane(flats, host, plan.window_bytes, Stream())  # type: ignore[arg-type]
+    used = set()
+
+    def through(window: Window) -> None:
+        memory = lane.memory()
+        used.add(np.frombuffer(memory, np.uint8).ctypes.data)
+        for start, stop in window.reads.tolist():
+            memory[start - window.start : stop - window.start] = image[start:stop]
+        lane.take(memory, window)
+
+    for window in plan.windows(0):
+        through(window)
+    assert contents(live) == expected and len(used) == windows
+
+
+# -- on a GPU
+
+
+@needs_gpu
+@pytest.mark.parametrize("readers", [1, 4])
+def test_a_gpu_gets_the_same_bytes_and_the_host_what_is_the_hosts(readers: int, tmp_path: Path) -> None:
+    _, plan, live, expected = image_and_plan(tmp_path)
+    for on_host in ((), (0,), (1, 3)):
+        mixed = [tensor if number in on_host else tensor.cuda() for number, tensor in enumerate(live)]
+        carry_out(plan, tmp_path, live_destination(mixed), readers=readers)
+        assert contents(mixed) == expected
+
+
+@needs_gpu
+def test_nothing_of_a_bad_block_reaches_a_gpu(tmp_path: Path) -> None:
+    _, plan, live, _ = image_and_plan(tmp_path)
+    flip(tmp_path / FILE, 5 * BLOCK + 7, 2)
+    on_device = live[0].cuda()
+    with pytest.raises(CheckpointDamaged):
+        carry_out(plan, tmp_path, live_destination([on_device, *live[1:]]), readers=2)
+    assert not on_device.view(torch.uint8)[4 * BLOCK : 5 * BLOCK].any()

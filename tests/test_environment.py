@@ -1,0 +1,34 @@
+"""What memory can be had: the host's, and less where a cgroup allows less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from resume_kit.environment import _free_in_cgroups, available_memory
+
+
+def _group(folder: Path, limit: str, used: int, cache: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
+
+
+def test_each_limit_around_this_process_counts(tmp_path: Path) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "self"
+    own.write_text("0::/slurm/job_7/step_0\n")
+    _group(root / "slurm", "max", 9000, 0)
+    _group(root / "slurm/job_7", "1000", 700, 100)
+    _group(root / "slurm/job_7/step_0", "5000", 600, 0)
+    assert sorted(_free_in_cgroups(root, own)) == [400, 4400]
+
+
+def test_without_cgroups_there_is_no_limit(tmp_path: Path) -> None:
+    own = tmp_path / "self"
+    own.write_text("1:name=systemd:/\n")
+    assert list(_free_in_cgroups(tmp_path, own)) == []
+    assert list(_free_in_cgroups(tmp_path, tmp_path / "absent")) == []
+
+
+def test_this_host_tells() -> None:
+    assert (available_memory() or 0) > 1 << 20
