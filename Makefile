@@ -55,7 +55,7 @@ clean: ## remove caches and build products; environment and runs stay
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first, so that what builds against it finds it, and the build that pip is configured for is taken.
-$(STAMP): pyproject.toml constraints.txt resume_kit/algebra/_fingerprint.c
+$(STAMP): pyproject.toml constraints.txt $(wildcard resume_kit/*/*.c)
 	@python=; \
 	for name in python3 python3.13 python3.12 python3.11 python3.14; do \
 		if "$$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from tests import save_faults
 
 
 class Faults:
@@ -21,7 +22,7 @@ class Faults:
         self.batches = iter(loader) if "iter-before-resume" in self._mine else None
 
     def before_resume(self, engine: Any, kit: Any) -> None:
-        _slow_or_broken_saves(self._all, self._mine, engine)
+        save_faults.apply(self._all, self._mine, engine)
         self._adapter = adapter = kit._adapter
         publish = adapter.publish
 
@@ -121,53 +122,6 @@ class Faults:
         if "adam-step-astray" in self._mine and kit.step_number == 3:
             for values in _optimizer_states(kit._adapter):
                 values["step"] += 1
-
-
-def _slow_or_broken_saves(everywhere: set[str], mine: set[str], engine: Any) -> None:
-    """Disks and copies that take their time, or fail in the background."""
-    from resume_kit.checkpoint.writing import ImageFile
-    from resume_kit.errors import Problem, SaveFailed
-    from resume_kit.saving.pending import Pending
-    from resume_kit.saving.staging import Staging
-
-    finish, blocks = ImageFile.finish, Staging.blocks
-    if "slow-disk" in everywhere:
-
-        def slow(image: ImageFile) -> Any:
-            time.sleep(1.5)
-            return finish(image)
-
-        ImageFile.finish = slow
-    if "broken-disk" in mine:
-
-        def broken(image: ImageFile) -> Any:
-            finish(image)
-            raise SaveFailed("cannot write", [Problem("write", str(image._path), "the disk is gone", "call someone")])
-
-        ImageFile.finish = broken
-    if "crash-in-the-background" in mine:
-
-        def crash(image: ImageFile) -> Any:
-            finish(image)
-            raise ZeroDivisionError("a bug")
-
-        ImageFile.finish = crash
-    if "no-memory" in everywhere:
-        import resume_kit.saving.saver as saver
-
-        saver.available_memory = lambda: 1000
-    if "slow-copies" in everywhere:
-
-        def late(staging: Staging) -> Any:
-            time.sleep(1.0)
-            yield from blocks(staging)
-
-        Staging.blocks = late
-    if "no-fence" in everywhere:
-        Pending.fence = lambda _: None
-    if "unhooked" in everywhere:
-        engine.optimizer.optimizer._optimizer_step_pre_hooks.clear()
-        engine.optimizer.optimizer._optimizer_step_post_hooks.clear()
 
 
 def _is_megatron(adapter: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Runs that are killed with SIGKILL, all ranks at once, at random instants and in the middle of a save."""
+"""Runs that are killed with SIGKILL, all ranks at once, at random instants and in a save beside training."""
 
 from __future__ import annotations
 
@@ -48,22 +48,23 @@ def run_with_kills(
     never over before all has been done to it, however fast the machine.
     """
     rng = random.Random(seed)
+    slow = ["slow-disk"]  # so that training goes on for a while beside a save
     plan = ["random"] * random_kills + ["save"] * save_kills
     rng.shuffle(plan)
     done = Killed([])
     run = Path(job.run_dir)
     while plan:
-        before = steps_reached(run)
+        before, old = steps_reached(run), torn_saves(run)
         more = rng.randint(0, (job.steps - before) // (len(plan) + 1))
-        with start_ranks(train, world_size, job.to_json()) as group:
+        with start_ranks(train, world_size, job.to_json(), slow if plan[0] == "save" else []) as group:
             if plan[0] == "save":
-                hit = _hit_save(group, run)
+                hit = _hit_save(group, run, old) and _wait(group, rng.uniform(0.0, 1.0))
             else:
                 hit = _until(group, _has_come(run, before + more)) if more else True
                 hit = hit and _wait(group, rng.uniform(0.0, 0.2) if more else rng.uniform(0.2, 2.0))
             group.kill()
             group.wait(timeout=30)
-        torn = sorted(p.name for p in run.glob(".staging-*")) if run.is_dir() else []
+        torn = sorted(torn_saves(run) - old)
         if hit and (plan[0] != "save" or torn):
             at = f"{plan.pop(0)} after step {steps_reached(run)}"
             done.kills.append(f"{at}: {', '.join(torn) or 'nothing torn'}")
@@ -77,6 +78,11 @@ def run_with_kills(
 def steps_reached(run: Path) -> int:
     """The last step that the run's journal holds, over all attempts."""
     return max((int(event["step"]) for event in read_journal(run) if event["event"] == "step"), default=0)
+
+
+def torn_saves(run: Path) -> set[str]:
+    """Names of the staging directories: of a save under way, or left behind by a dead attempt."""
+    return {path.name for path in run.glob(".staging-*")}
 
 
 def _has_come(run: Path, step: int) -> Callable[[], bool]:
@@ -98,11 +104,11 @@ def _until(group: RankGroup, reached: Callable[[], bool]) -> bool:
     return len(group.alive()) == group.world_size
 
 
-def _hit_save(group: RankGroup, run: Path) -> bool:
-    """Return in the middle of a save: its staging directory is there, and not yet the checkpoint."""
-    while group.alive():
-        for _ in range(200):
-            if next(run.glob(".staging-*"), None):
-                return True
-            time.sleep(0.0005)
-    return False
+def _hit_save(group: RankGroup, run: Path, old: set[str]) -> bool:
+    """Return in the middle of a save with training gone on: its staging directory is there, and a later step."""
+
+    def beside() -> bool:
+        torn = torn_saves(run) - old
+        return bool(torn) and steps_reached(run) > max(int(name.split("-")[2]) for name in torn)
+
+    return _until(group, beside)

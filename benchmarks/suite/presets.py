@@ -151,6 +151,35 @@ _GPU_SMALL = Preset(
     ),
 )
 
+_GPU_500M = Preset(
+    name="gpu-500m",
+    about="one GPU, 0.55 billion parameters, 6.6 GB of state, steps long enough to write it beneath ten of them",
+    workloads=(
+        WorkloadSpec(
+            "zero3",
+            "deepspeed",
+            ZERO.format("1b"),
+            1,
+            _settings(
+                "micro_batch_size=4 gradient_accumulation_steps=2 model.hidden_size=1536 model.intermediate_size=4096 "
+                "model.num_hidden_layers=16"
+            ),
+            DEEPSPEED_PEERS,
+        ),
+        WorkloadSpec(
+            "megatron",
+            "megatron",
+            MEGATRON.format("1b"),
+            1,
+            _settings(
+                "micro_batch_size=2 global_batch_size=8 model.hidden_size=1536 model.ffn_hidden_size=4096 "
+                "model.layers=16 model.query_groups=16"
+            ),
+            MEGATRON_PEERS,
+        ),
+    ),
+)
+
 _GPU_1B = Preset(
     name="gpu-1b",
     about="one GPU of 40 GB or more, 1.1 billion parameters, about 13 GB of state",
@@ -202,4 +231,4 @@ _GPU_8X = Preset(
     ),
 )
 
-PRESETS = {preset.name: preset for preset in (_SMOKE, _CPU_TINY, _GPU_SMALL, _GPU_1B, _GPU_8X)}
+PRESETS = {preset.name: preset for preset in (_SMOKE, _CPU_TINY, _GPU_SMALL, _GPU_500M, _GPU_1B, _GPU_8X)}

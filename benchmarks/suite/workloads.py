@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,10 +12,8 @@ import torch.distributed as dist
 
 from launch import train_megatron, train_zero3
 from launch.config import TrainConfig, load_as
-from launch.entry import seed_everything
 from launch.megatron_config import MegatronConfig
-from resume_kit import ResumableLoader, TokenDataset
-from resume_kit.data import standard_library_path
+from resume_kit import ResumableLoader
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,43 +41,23 @@ class Workload(Protocol):
 
 
 class ZeroRun:
-    """A DeepSpeed run of one micro-batch a step."""
+    """A DeepSpeed run."""
 
     def __init__(self, config: TrainConfig) -> None:
-        import deepspeed
-
         train_zero3.prepare_environment(config)
-        cuda = train_zero3.uses_cuda()
-        if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.use_deterministic_algorithms(config.run.deterministic and cuda)
-        self._backend = "nccl" if cuda else "gloo"
-        deepspeed.init_distributed(dist_backend=self._backend, verbose=False)
-        dataset = TokenDataset.from_path(
-            config.data.path or standard_library_path(),
-            sequence_length=config.data.sequence_length,
-            max_bytes=config.data.max_bytes,
-        )
+        self._backend = "nccl" if train_zero3.uses_cuda() else "gloo"
         self.config = config
-        self.loader = ResumableLoader(
-            dataset,
-            micro_batch_size=config.micro_batch_size,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            seed=config.seed,
-            num_workers=config.data.num_workers,
-        )
-        seed_everything(config.seed)
-        self.engine = train_zero3.build_engine(config, vocab_size=dataset.vocab_size)
-        seed_everything(config.seed + 1 + dist.get_rank())
+        self.engine, self.loader = train_zero3.build(config)
         self.device = torch.device(self.engine.device)
 
     def step(self, batches: Batches) -> torch.Tensor | None:
-        batch = {name: value.to(self.device) for name, value in next(batches).items()}
-        loss: torch.Tensor = self.engine(**batch).loss
-        self.engine.backward(loss)
-        self.engine.step()
-        return loss
+        losses = []
+        for _ in range(self.engine.gradient_accumulation_steps()):
+            batch = {name: value.to(self.device) for name, value in next(batches).items()}
+            losses.append(self.engine(**batch).loss)
+            self.engine.backward(losses[-1])
+            self.engine.step()
+        return torch.stack([loss.detach() for loss in losses]).mean()
 
     def state(self) -> dict[str, torch.Tensor]:
         zero = self.engine.optimizer

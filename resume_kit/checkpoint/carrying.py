@@ -13,14 +13,12 @@ from resume_kit.checkpoint.readplan import ReadPlan, Window
 from resume_kit.checkpoint.sharing import Shared, default_readers, share_out
 from resume_kit.errors import CheckpointDamaged
 
-#: Windows of a lane at the most: one is read while the other is on its way to a device.
-WINDOWS = 2
-
 
 @dataclass(frozen=True, slots=True)
 class ReadAccount:
-    """What a reading took. `verified_bytes` came in whole blocks, each checked against its digest.
+    """What a reading took. `read_bytes` are those of files, gaps that were read over among them.
 
+    `verified_bytes` came in whole blocks, each checked against its digest.
     `unverified` are the ranges (file, start, stop) of the blocks of which only a part was read: whether that part is
     what was saved, the fingerprints of the tensors must tell.
     """
@@ -50,7 +48,7 @@ class Destination(Protocol):
 
 
 class HostMemory:
-    """Targets in host memory, by number. Each lane has memory for one window: what it takes arrives at once."""
+    """Targets in host memory, by number. What a lane takes arrives at once."""
 
     def __init__(self, targets: Sequence[memoryview]) -> None:
         self._targets = targets
@@ -81,7 +79,7 @@ def reader_count(plan: ReadPlan, readers: int | None = None) -> int:
 
 def window_memory(wanted_bytes: int, block_bytes: int, readers: int) -> int:
     """Bytes of host memory that reading so much takes at the most, beside its targets."""
-    return WINDOWS * block_bytes * min(readers, -(-wanted_bytes // max(1, block_bytes)))
+    return block_bytes * min(readers, -(-wanted_bytes // max(1, block_bytes)))
 
 
 def carry_out(plan: ReadPlan, directory: Path, destination: Destination, *, readers: int | None = None) -> ReadAccount:
@@ -102,12 +100,12 @@ def carry_out(plan: ReadPlan, directory: Path, destination: Destination, *, read
                 memory = lane.memory()
                 try:
                     file = opened.file(source.file)
-                    if window.block is None:
-                        file.read_runs(memory, window.start, window.reads.tolist())
-                        partly[number].add(window.start // source.digests.block_bytes)
-                    else:
+                    if window.whole:
                         file.read_block(memory, window.block, source.digests)
                         verified_bytes += window.stop - window.start
+                    else:
+                        file.read_runs(memory, window.start, window.reads)
+                        partly[number].add(window.block)
                 except CheckpointDamaged as error:
                     windows.stop()
                     damage.append((number, window.start, error))

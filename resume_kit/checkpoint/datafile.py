@@ -5,15 +5,22 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from resume_kit.checkpoint import canonical
 from resume_kit.checkpoint.blocks import FileDigest, spans
+
+try:
+    from resume_kit.checkpoint import _runs
+except ImportError:  # no compiler at the installation
+    RUNS_AT_ONCE = False
+else:
+    RUNS_AT_ONCE = True
 
 #: Bytes from which memory is mapped on its own, and a read may bypass the page cache.
 _LARGE = 1 << 20
@@ -81,18 +88,22 @@ class DataFile:
         if hasher.hexdigest() != digests.blocks[block]:
             raise canonical.damaged(self.path, f"the content of bytes {start:,}..{stop:,} is not what was saved")
 
-    def read_runs(self, memory: memoryview, origin: int, runs: Sequence[tuple[int, int]]) -> None:
-        """Bytes [start, stop) of each run, to where they belong in `memory`, which begins at byte `origin` of the file.
+    def read_runs(self, memory: memoryview, origin: int, runs: NDArray[np.int64]) -> None:
+        """Bytes [start, stop) of each row of `runs` to where they belong in `memory`, which begins at byte `origin`.
 
-        One call a run: 1 µs, so runs of 1 KiB still come at 1 GB/s. A preadv over the gaps as well, into a spare
-        buffer, takes a quarter of that, but reads them.
+        The C extension reads them all in one call: 8 KiB each from memory, in 8 threads on 2 cores, at 10 GB/s. A call
+        for each, as without it, makes threads queue for the interpreter: 4 GB/s.
         """
         os.posix_fadvise(self._buffered, 0, 0, os.POSIX_FADV_RANDOM)
-        if len(runs) > 1 and not self._in_page_cache(runs[0][0], runs[-1][1]):
-            # 98,000 runs of 0.5 to 2 KiB from a cold disk: 1.4 s so, 6 s without
-            for start, stop in runs:
+        # 98,000 runs of 0.5 to 2 KiB from a cold disk: 1.4 s when all are asked for ahead, 6 s if not
+        ahead = len(runs) > 1 and not self._in_page_cache(int(runs[0, 0]), int(runs[-1, 1]))
+        done = 0
+        if RUNS_AT_ONCE:
+            done = _runs.read_runs(self._buffered, memory, origin, runs, ahead)
+        elif ahead:
+            for start, stop in runs.tolist():
                 os.posix_fadvise(self._buffered, start, stop - start, os.POSIX_FADV_WILLNEED)
-        for start, stop in runs:
+        for start, stop in runs[done:].tolist():  # from the first that failed on, if any, which is named here
             self._read(memory, origin, start, stop)
 
     def _in_page_cache(self, start: int, stop: int) -> bool:

@@ -10,15 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resume_kit.checkpoint import canonical
-from resume_kit.checkpoint.blocks import FileDigest, spans
+from resume_kit.checkpoint.blocks import FileDigest
+from resume_kit.checkpoint.datafile import PAGE
 from resume_kit.checkpoint.transfers import Transfer
 
 #: One byte may be read in vain for so many wanted: 5%.
 WANTED_PER_SURPLUS = 20
 #: Runs farther apart than this are never read as one, whatever the budget.
 NEAR = 128 << 10
-#: A block that is read in part goes through memory in windows of this many bytes, so that lists of runs stay short.
-WINDOW_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +32,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Bytes [start, stop) of a file: of them `reads` come into memory, and `transfers` take from there what is wanted.
+    """A block, bytes [start, stop) of a file: `reads` come into memory, and `transfers` take from there what is wanted.
 
-    `block` is the number of the block that it is, to be checked before any transfer; None where a part is read.
+    A block that is read `whole` is to be checked before any transfer.
     """
 
+    block: int
     start: int
     stop: int
-    block: int | None
+    whole: bool
     reads: NDArray[np.int64]
     transfers: tuple[Transfer, ...]
 
@@ -49,8 +49,9 @@ class Window:
 class ReadPlan:
     """`whole` holds, for each source, the blocks that are read whole; `near` is the largest gap that is read over.
 
-    Surplus is at most 5% of `wanted_bytes`, and the headers of files of which all pieces are wanted on top: these
-    are read to the last byte, so that every block of theirs is checked.
+    Surplus is at most 5% of `wanted_bytes`. On top come gaps of less than a page, which a disk reads in any case, and
+    the headers of files of which all pieces are wanted: these are read to the last byte, so that every block of theirs
+    is checked.
     """
 
     sources: tuple[Source, ...]
@@ -60,12 +61,8 @@ class ReadPlan:
 
     @property
     def window_bytes(self) -> int:
-        """Size of the largest window, or a little more."""
-        sizes = [0]
-        for source, whole in zip(self.sources, self.whole, strict=True):
-            block = min(source.digests.block_bytes, source.digests.size)
-            sizes.append(block if whole else min(block, WINDOW_BYTES))
-        return max(sizes)
+        """No window is larger."""
+        return max((min(source.digests.block_bytes, source.digests.size) for source in self.sources), default=0)
 
     def windows(self, number: int) -> Iterator[Window]:
         """What to read of source `number`, in file order."""
@@ -73,17 +70,16 @@ class ReadPlan:
         touched = dict(_touched(source))
         for block in sorted(touched.keys() | whole):
             start, stop = source.digests.span(block)
-            reaching = touched.get(block, [])
+            transfers = _clipped(touched.get(block, ()), start, stop)
             if block in whole:
-                yield Window(start, stop, block, np.array([[start, stop]]), _clipped(reaching, start, stop))
-                continue
-            for lo, hi, parts in _parts(reaching, start, stop):
-                yield Window(lo, hi, None, _segments(parts, self.near), parts)
+                yield Window(block, start, stop, True, np.array([[start, stop]]), transfers)
+            elif transfers:
+                yield Window(block, start, stop, False, _segments(transfers, self.near), transfers)
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Incomplete:
-    """A block of which `missing` bytes are not wanted, with the gaps that could be read over: size and number."""
+    """A block of which `missing` bytes would be read in vain, and the gaps that could be read over: size and number."""
 
     missing: int
     source: int
@@ -94,7 +90,7 @@ class _Incomplete:
 def plan_reads(sources: Sequence[Source]) -> ReadPlan:
     """Complete the blocks that lack least, then read over the smallest gaps, as far as the surplus budget goes.
 
-    Raises `CheckpointDamaged` where pieces reach beyond the end of their file.
+    Gaps of less than a page do not count. Raises `CheckpointDamaged` where pieces reach beyond the end of their file.
     """
     whole: list[set[int]] = [set() for _ in sources]
     incomplete: list[_Incomplete] = []
@@ -104,27 +100,26 @@ def plan_reads(sources: Sequence[Source]) -> ReadPlan:
             raise canonical.damaged(Path(source.file), "its index places pieces beyond its end")
         wanted_of_file, lacking = 0, []
         for block, reaching in _touched(source):
-            start, stop = source.digests.span(block)
-            wanted, between = _survey(reaching, start, stop)
+            wanted, missing, gaps = _survey(reaching, *source.digests.span(block))
             wanted_of_file += wanted
-            if wanted == stop - start:
+            if wanted and not missing:
                 whole[number].add(block)
             elif wanted:
-                lacking.append(_Incomplete(stop - start - wanted, number, block, between))
+                lacking.append(_Incomplete(missing, number, block, gaps))
         wanted_bytes += wanted_of_file
         if wanted_of_file == source.stored > 0:
             whole[number].update(range(len(source.digests.blocks)))
         else:
             incomplete += lacking
     budget = wanted_bytes // WANTED_PER_SURPLUS
-    gaps: list[tuple[int, int]] = []
+    left: list[tuple[int, int]] = []
     for found in sorted(incomplete):
         if found.missing <= budget:
             budget -= found.missing
             whole[found.source].add(found.block)
         else:
-            gaps += found.gaps
-    near = _affordable(gaps, budget)
+            left += found.gaps
+    near = _affordable(left, budget)
     return ReadPlan(tuple(sources), tuple(frozenset(blocks) for blocks in whole), near, wanted_bytes)
 
 
@@ -148,13 +143,6 @@ def _clipped(transfers: Sequence[Transfer], start: int, stop: int) -> tuple[Tran
     return tuple(part for transfer in transfers for part in transfer.clip(start, stop))
 
 
-def _parts(transfers: Sequence[Transfer], start: int, stop: int) -> Iterator[tuple[int, int, tuple[Transfer, ...]]]:
-    """The windows of a block that is read in part, and what is wanted of each."""
-    for lo, hi in spans(stop - start, WINDOW_BYTES):
-        if parts := _clipped(transfers, start + lo, start + hi):
-            yield start + lo, start + hi, parts
-
-
 def _segments(transfers: Sequence[Transfer], near: int) -> NDArray[np.int64]:
     """[start, stop) of the runs of `transfers` in file order, as one where at most `near` bytes lie between."""
     starts = [transfer.starts() for transfer in transfers]
@@ -167,22 +155,29 @@ def _segments(transfers: Sequence[Transfer], near: int) -> NDArray[np.int64]:
     return np.stack([begin[first], end[np.append(first[1:], True)]], axis=1)
 
 
-def _survey(transfers: Sequence[Transfer], start: int, stop: int) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """(wanted bytes of a block, its gaps inside windows as (size, number), those that are small enough to count)."""
+def _survey(transfers: Sequence[Transfer], start: int, stop: int) -> tuple[int, int, tuple[tuple[int, int], ...]]:
+    """(wanted bytes of a block, the others but for gaps of less than a page, gaps that could be read over).
+
+    These gaps, between runs, are given as (size, number).
+    """
     if any(t.offset <= start and t.stop >= stop for t in transfers if not t.grid):
-        return stop - start, ()
-    wanted, gaps = 0, list[NDArray[np.int64]]()
-    for _, _, parts in _parts(transfers, start, stop):
-        runs = _segments(parts, 0)
-        wanted += int((runs[:, 1] - runs[:, 0]).sum())
-        gaps.append(runs[1:, 0] - runs[:-1, 1])
-    sizes, counts = np.unique(np.concatenate(gaps) if gaps else np.empty(0, np.int64), return_counts=True)
-    return wanted, tuple((int(size), int(count)) for size, count in zip(sizes, counts, strict=True) if size <= NEAR)
+        return stop - start, 0, ()
+    parts = _clipped(transfers, start, stop)
+    if not parts:
+        return 0, stop - start, ()
+    runs = _segments(parts, 0)
+    gaps = np.append(runs[:, 0], stop) - np.append(
+        start, runs[:, 1]
+    )  # the first and the last reach to the block's ends
+    between = gaps[1:-1]
+    sizes, counts = np.unique(between[(between >= PAGE) & (between <= NEAR)], return_counts=True)
+    wanted, missing = (runs[:, 1] - runs[:, 0]).sum(), gaps[gaps >= PAGE].sum()
+    return int(wanted), int(missing), tuple(zip(sizes.tolist(), counts.tolist(), strict=True))
 
 
 def _affordable(gaps: Sequence[tuple[int, int]], budget: int) -> int:
-    """The largest gap such that all gaps up to it together take no more than `budget` bytes."""
-    near = 0
+    """The largest gap such that all gaps up to it, from a page on, together take no more than `budget` bytes."""
+    near = PAGE - 1
     totals: dict[int, int] = {}
     for size, count in gaps:
         totals[size] = totals.get(size, 0) + size * count

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from resume_kit import environment
 
 #: Threads that read in one process, at the most by default.
-MOST_READERS = 8
+MOST_READERS = 16
 
 Item = TypeVar("Item")
 
@@ -37,7 +37,7 @@ class Shared(Generic[Item]):
 
 
 def default_readers() -> int:
-    """Threads that read: this rank's share of the cores, from 2 to 8."""
+    """Threads that read: this rank's share of the cores, from 2 to 16."""
     return max(2, min(MOST_READERS, (os.cpu_count() or 1) // environment.local_world_size()))
 
 

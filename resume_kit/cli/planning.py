@@ -229,7 +229,7 @@ def _summary(manifest: Manifest, plan: Plan, policy: str) -> Iterator[tuple[str,
     if plan.forecast is not None:
         total = int(plan.forecast.plan.read.sum())
         yield "read in all", f"{size_text(total)} ({total:,} bytes)"
-        yield "surplus", "up to 5% more where whole digest blocks are read"
+        yield "surplus", "up to 5% more where whole digest blocks are read, and gaps of less than a page (4 KiB)"
 
 
 def _read_table(reads: Forecast) -> RenderableType:

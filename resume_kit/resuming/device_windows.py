@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
-from resume_kit.checkpoint.carrying import WINDOWS, Destination, HostMemory, Lane
+from resume_kit.checkpoint.carrying import Destination, HostMemory, Lane
 from resume_kit.checkpoint.readplan import Window
 from resume_kit.checkpoint.transfers import Transfer
 
@@ -31,8 +32,24 @@ def _memory(flat: torch.Tensor) -> memoryview:
     return flat.numpy().data
 
 
-def _pinned(nbytes: int) -> torch.Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+@contextmanager
+def _pinned(nbytes: int) -> Iterator[torch.Tensor]:
+    """Host memory for one thread, uint8 [nbytes], on whole pages. Where it cannot be pinned, copies only take longer.
+
+    Registered in each thread at the same time, it is there sooner than torch's own pinned memory.
+    """
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    pages.madvise(mmap.MADV_DONTFORK)  # or a fork would move pages that are pinned
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    registered = int(cuda.cudaHostRegister(memory.data_ptr(), nbytes, 0)) == 0
+    try:
+        yield memory
+    finally:
+        if registered:
+            cuda.cudaHostUnregister(memory.data_ptr())
 
 
 class DeviceWindows:
@@ -47,31 +64,31 @@ class DeviceWindows:
     @contextmanager
     def lane(self, nbytes: int) -> Iterator[Lane]:
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        with torch.cuda.device(self._device), torch.cuda.stream(stream), _pinned(nbytes) as memory:
             try:
-                yield _DeviceLane(self._flats, self._host, nbytes, stream)
+                yield _DeviceLane(self._flats, self._host, memory, stream)
             finally:
                 stream.synchronize()
 
 
 class _DeviceLane:
-    """Each copy is queued on the lane's stream; an event tells when a window's memory may be used again."""
+    """Copies are queued on the lane's stream. While they are on their way, other lanes read."""
 
     def __init__(
-        self, flats: Sequence[torch.Tensor], host: dict[int, memoryview], nbytes: int, stream: torch.cuda.Stream
+        self,
+        flats: Sequence[torch.Tensor],
+        host: dict[int, memoryview],
+        window: torch.Tensor,
+        stream: torch.cuda.Stream,
     ) -> None:
-        self._flats, self._host, self._stream = flats, host, stream
-        self._windows = [_pinned(nbytes) for _ in range(WINDOWS)]
-        self._copied = [torch.cuda.Event() for _ in self._windows]  # type: ignore[no-untyped-call]
-        self._next = 0
+        self._flats, self._host, self._window, self._stream = flats, host, window, stream
         self._on_device: torch.Tensor | None = None
 
     def memory(self) -> memoryview:
-        self._copied[self._next].synchronize()
-        return _memory(self._windows[self._next])
+        self._stream.synchronize()
+        return _memory(self._window)
 
     def take(self, memory: memoryview, window: Window) -> None:
-        pinned = self._windows[self._next]
         strided = []
         for transfer in window.transfers:
             if transfer.target in self._host:
@@ -79,20 +96,18 @@ class _DeviceLane:
             elif transfer.grid:
                 strided.append(transfer)
             else:
-                source = pinned.narrow(0, transfer.offset - window.start, transfer.length)
+                source = self._window.narrow(0, transfer.offset - window.start, transfer.length)
                 self._flats[transfer.target].narrow(0, transfer.at, transfer.length).copy_(source, non_blocking=True)
         if strided:
-            self._scatter(pinned, window.start, strided)
-        self._copied[self._next].record(self._stream)
-        self._next = (self._next + 1) % WINDOWS
+            self._scatter(window.start, strided)
 
-    def _scatter(self, pinned: torch.Tensor, start: int, strided: Sequence[Transfer]) -> None:
+    def _scatter(self, start: int, strided: Sequence[Transfer]) -> None:
         """One copy to the device for all of `strided`, whose runs then find their places there."""
         if self._on_device is None:
-            self._on_device = torch.empty_like(pinned, device=self._stream.device, pin_memory=False)
+            self._on_device = torch.empty_like(self._window, device=self._stream.device)
         lo = min(transfer.offset for transfer in strided) - start
         hi = max(transfer.stop for transfer in strided) - start
-        self._on_device[lo:hi].copy_(pinned[lo:hi], non_blocking=True)
+        self._on_device[lo:hi].copy_(self._window[lo:hi], non_blocking=True)
         for transfer in strided:
             move_strided(transfer, self._on_device, start, self._flats[transfer.target])
 

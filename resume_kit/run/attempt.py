@@ -32,8 +32,17 @@ class Attempt:
         return last_attempt(self.run) + 1, run_id_of(self.run) or uuid.uuid4().hex[:12]
 
     def record(self, event: str, fields: Mapping[str, Any]) -> None:
-        """Journal an event, durably. Collective: when it cannot be written, every rank raises `SaveFailed`."""
-        self._coordinator.on_rank_zero(f"journal {event}", lambda: self._write(event, fields, durable=True))
+        """Journal an event, durably. Collective: when it cannot be written, every rank raises `SaveFailed`.
+
+        So it does when an earlier one could not be, of which nobody has been told yet.
+        """
+
+        def write() -> None:
+            if failure := self.take_failure():
+                raise failure
+            self._write(event, fields, durable=True)
+
+        self._coordinator.on_rank_zero(f"journal {event}", write)
 
     def note(self, event: str, fields: Mapping[str, Any]) -> None:
         """Journal an event, durably, without telling other ranks. Raises `SaveFailed`, on rank 0 alone."""

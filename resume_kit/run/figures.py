@@ -1,16 +1,64 @@
-"""A step's figures over all ranks, and the word that all ranks are at the same place."""
+"""A step's record: its figures over all ranks, and the word that all ranks are at the same place."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from resume_kit.engines.adapter import EngineAdapter
-from resume_kit.errors import InconsistentState, Problem, SaveFailed, UsageError
+from resume_kit.errors import InconsistentState, Problem, ResumeRefused, SaveFailed, UsageError
 from resume_kit.run.attempt import Attempt
+from resume_kit.run.protocols import ResumableData
 from resume_kit.saving.saver import SaveState
+
+
+class Steps:
+    """Collects the losses of a step's micro-batches and makes the record of each optimizer step."""
+
+    def __init__(self, adapter: EngineAdapter, data: ResumableData, attempt: Attempt) -> None:
+        self._adapter, self._data, self._attempt = adapter, data, attempt
+        self._losses: list[torch.Tensor] = []
+        self.start()
+
+    def start(self) -> None:
+        """Steps are counted from the engine's step and the data position as they are now."""
+        self._losses.clear()
+        self._position, self._counted = self._data.position, self._adapter.step
+
+    def add(self, loss: torch.Tensor | float | None) -> None:
+        if loss is not None:
+            self._losses.append(torch.as_tensor(loss).detach().to(torch.float64))
+
+    def record(self, lr_factor: float, saved: SaveState) -> tuple[dict[str, Any], SaveState]:
+        """The record of the step just taken, and `saved` taken over all ranks. Collective, see `step_figures`.
+
+        Raises `UsageError` for a step that the kit was not told of, `ResumeRefused` for data that is not the kit's.
+        """
+        adapter, start, size = self._adapter, self._position, self._data.global_batch_size
+        self._position = self._data.position
+        figures = step_figures(self._losses, adapter, self._position, self._attempt, saved=saved)
+        taken, self._counted = adapter.step - self._counted, adapter.step
+        if taken != 1:
+            what = f"since the last step() the engine has counted {taken} optimizer steps"
+            remedy = "call step() once after every optimizer step; with Megatron call engine.stepped() before it"
+            raise UsageError("the kit is not told of every step", [Problem("steps", "", what, remedy)])
+        if self._position != start + size:
+            headline = f"step {adapter.step} consumed {self._position - start} samples of the kit's data, not {size}"
+            what, remedy = "the loop takes its batches from elsewhere", "iterate over the loader given to the kit"
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            raise ResumeRefused(headline, [Problem("data", f"rank {rank}", what, remedy)])
+        record = {
+            "step": adapter.step,
+            "loss": figures.loss,
+            "grad_norm": adapter.grad_norm,
+            "lr": adapter.learning_rate * lr_factor,
+            "samples": self._position,
+            "batch": self._data.batch_digest(start),
+        }
+        return record, figures.saved
 
 
 @dataclass(frozen=True)

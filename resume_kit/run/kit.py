@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from resume_kit.resuming.resume import Resumer, Resumption
 from resume_kit.resuming.streams import Carried, overwritten
 from resume_kit.run.agreement import gate_record, one_run, require_finite
 from resume_kit.run.attempt import Attempt
-from resume_kit.run.figures import step_figures
+from resume_kit.run.figures import Steps
 from resume_kit.run.hand_over import restore_data_and_user_state
 from resume_kit.run.journal import last_commit, number, read_journal, unreadable_lines
 from resume_kit.run.kept import KeptState
@@ -39,7 +40,6 @@ from resume_kit.run.saves import Saves
 from resume_kit.saving.capture import SaveRequest
 from resume_kit.saving.options import Returns, Saving
 from resume_kit.saving.save import Commit
-from resume_kit.saving.saver import SaveState
 
 
 class ResumeKit:
@@ -88,6 +88,7 @@ class ResumeKit:
         self._coordinator = Coordinator.of_default_group(timeout=timeout)
         self._data = data
         self._save_every = save_every
+        self._saving = saving or Saving()
         self._forward = forward or self._adapter.default_forward
         self._user_state = dict(state or {})
         self._show = show
@@ -115,10 +116,8 @@ class ResumeKit:
         self._audit: ReplayAudit | None = None
         self._unchecked_rng = False
         self._carried: tuple[Carried, ...] = ()
-        self._taken = 0
         self._lineage = Lineage()
-        self._losses: list[torch.Tensor] = []
-        self._position = data.position
+        self._steps = Steps(self._adapter, data, self._attempt)
         self._kept = KeptState()
         self._adapter.before_update(self._kept.scale_rates)
         self._saves = Saves(
@@ -126,7 +125,7 @@ class ResumeKit:
             self._adapter,
             self._coordinator,
             self._description,
-            saving or Saving(),
+            self._saving,
             attempt=self._attempt,
             retention=retention or Retention(),
             build=self._request,
@@ -208,8 +207,7 @@ class ResumeKit:
         else:
             self._go_on_from(resumption, report)
             self._saves.prepare()
-        self._position = self._data.position
-        self._taken = self._adapter.step
+        self._steps.start()
         self._audit = ReplayAudit(
             {int(event["step"]): event for event in recorded}, tolerance, self.policy.replay == "stop"
         )
@@ -226,15 +224,14 @@ class ResumeKit:
         """
         if self._audit is None:
             raise UsageError("call resume() before the first step(); it returns 0 for a new run")
-        if loss is not None:
-            self._losses.append(torch.as_tensor(loss).detach().to(torch.float64))
+        self._steps.add(loss)
         if not self._adapter.at_step_boundary:
             return None
         if self._unchecked_rng:
             raise UsageError("the first batch did not come from an iterator of the kit's data made after resume()")
         self._carried = ()
         self._kept.reached(self._adapter.step)
-        record, saved = self._record_of_step()
+        record, saved = self._steps.record(self._kept.factor(self._adapter.step), self._saves.state)
         warnings = self._audited(record)
         self._attempt.record_soon("step", record)
         for problem in warnings:
@@ -342,38 +339,6 @@ class ResumeKit:
             self._attempt.refuse(error, self.report)
             raise
 
-    def _record_of_step(self) -> tuple[dict[str, Any], SaveState]:
-        """The step's record, and how the pending save stands on all ranks."""
-        start, size = self._position, self._data.global_batch_size
-        self._position = self._data.position
-        figures = step_figures(self._losses, self._adapter, self._position, self._attempt, saved=self._saves.state)
-        taken, self._taken = self._adapter.step - self._taken, self._adapter.step
-        if taken != 1:
-            what = f"since the last step() the engine has counted {taken} optimizer steps"
-            remedy = "call step() once after every optimizer step; with Megatron call engine.stepped() before it"
-            raise UsageError("the kit is not told of every step", [Problem("steps", "", what, remedy)])
-        if self._position != start + size:
-            raise ResumeRefused(
-                f"step {self._adapter.step} consumed {self._position - start} samples of the kit's data, not {size}",
-                [
-                    Problem(
-                        "data",
-                        f"rank {self._coordinator.rank}",
-                        "the loop takes its batches from elsewhere",
-                        "iterate over the loader given to the kit",
-                    )
-                ],
-            )
-        record = {
-            "step": self._adapter.step,
-            "loss": figures.loss,
-            "grad_norm": self._adapter.grad_norm,
-            "lr": self._adapter.learning_rate * self._kept.factor(self._adapter.step),
-            "samples": self._position,
-            "batch": self._data.batch_digest(start),
-        }
-        return record, figures.saved
-
     def _audited(self, record: Mapping[str, Any]) -> list[Problem]:
         assert self._audit is not None
         try:
@@ -399,6 +364,7 @@ class ResumeKit:
             "global batch size": self._data.global_batch_size,
             "policy": self.policy.to_mapping(),
             "save_every": self._save_every,
+            "saving": asdict(self._saving),
             "run_dir": run_dir,
             "state=": user,
         }

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import resource
 import threading
+import weakref
 from contextlib import suppress
 
 import torch
@@ -40,7 +41,7 @@ class Arena:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._registered = False
+        self._registered: weakref.finalize[..., Arena] | None = None
         self._wanted = 0
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -112,7 +113,8 @@ class Arena:
         torch.cuda.set_device(self._device)  # of this thread
         error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
         if int(error) == 0:
-            self._registered = True
+            self._registered = weakref.finalize(self, _unregister, memory)
+            self._registered.atexit = False  # the process gives everything back by itself
             return memory
         try:
             return torch.empty(memory.numel(), dtype=torch.uint8, pin_memory=True)
@@ -126,10 +128,15 @@ class Arena:
             return memory
 
     def _release(self) -> None:
-        if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())  # type: ignore[no-untyped-call]
-            self._registered = False
+        if self._registered is not None:
+            self._registered()
+            self._registered = None
         self._memory = torch.empty(0, dtype=torch.uint8)
+
+
+def _unregister(memory: torch.Tensor) -> None:
+    """Before the pages go back: CUDA would go on to take whatever comes to lie there for pinned."""
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
 
 
 def _pages(nbytes: int) -> torch.Tensor:

@@ -92,9 +92,9 @@ class Pending:
             self._over.set()
 
     def _at_exit(self) -> None:
-        if not self.wait():
-            print(f"resume_kit: the save of step {self.step} hangs; nothing was committed", file=sys.stderr)
-        elif self.failure is not None:
-            print(f"resume_kit: the save of step {self.step} failed: {self.failure}", file=sys.stderr, flush=True)
-        else:
+        came = self.wait()
+        if came and self.failure is None:
             self._coordinator.depart()
+            return
+        what = f"failed: {self.failure}" if came else "hangs; this process waits for it no longer"
+        print(f"resume_kit: the save of step {self.step} {what}", file=sys.stderr, flush=True)

@@ -172,18 +172,59 @@ def test_a_truncated_file_is_named_with_its_end(size: int, path: Path, monkeypat
             read_all(path)
 
 
-def test_runs_come_to_their_places_and_nothing_else_changes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [(1000, 1010), (5000, 9000), (9001, 9002)]
+@pytest.fixture(params=[True, False])
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the C extension, where it is built, and as without it."""
+    if request.param and not datafile.RUNS_AT_ONCE:
+        pytest.skip("the C extension was not built (no compiler?)")
+    monkeypatch.setattr(datafile, "RUNS_AT_ONCE", request.param)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("runs", [[], [(700, 701)], [(1000, 1010), (5000, 9000), (9001, 9002)]])
+def test_runs_come_to_their_places_and_nothing_else_changes(
+    runs: list[tuple[int, int]], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for nowait in (True, False, errno.EOPNOTSUPP):
         monkeypatch.setattr("os.preadv", Calls(nowait=nowait))
         memory = allocate(10_000)
         memory[:] = bytes(10_000)
         with DataFile(path) as file:
-            file.read_runs(memory, 500, runs)
+            file.read_runs(memory, 500, rows(runs))
         expected = bytearray(10_000)
         for start, stop in runs:
             expected[start - 500 : stop - 500] = IMAGE[start:stop]
         assert memory == expected
+
+
+def rows(runs: list[tuple[int, int]]) -> np.ndarray:
+    return np.array(runs, np.int64).reshape(-1, 2)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("size", [0, 1005, 5000, 9001])
+def test_runs_beyond_the_end_of_a_file_are_named(size: int, path: Path) -> None:
+    os.truncate(path, size)
+    memory = memoryview(bytearray(10_000))
+    with DataFile(path) as file, pytest.raises(CheckpointDamaged, match=f"truncated: it ends at byte {size:,}"):
+        file.read_runs(memory, 500, rows([(1000, 1010), (5000, 9000), (9001, 9002)]))
+    assert bytes(memory[500:510]) == (IMAGE[1000:1010] if size > 1010 else IMAGE[1000:size].ljust(10, b"\0"))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_runs_of_what_is_no_file_are_named(tmp_path: Path) -> None:
+    with DataFile(tmp_path) as file, pytest.raises(CheckpointDamaged, match="read failed at byte 3: Is a directory"):
+        file.read_runs(allocate(10), 0, rows([(3, 5), (7, 9)]))
+
+
+@pytest.mark.skipif(not datafile.RUNS_AT_ONCE, reason="the C extension was not built (no compiler?)")
+@pytest.mark.parametrize(("run", "origin"), [((10, 21), 10), ((9, 12), 10), ((-5, 3), 0)])
+def test_the_extension_writes_nothing_outside_the_memory(run: tuple[int, int], origin: int, path: Path) -> None:
+    memory = bytearray(12)
+    with path.open("rb") as file:
+        runs = rows([(10, 12), run, (12, 13)])
+        assert datafile._runs.read_runs(file.fileno(), memoryview(memory)[1:11], origin, runs, True) == (origin == 10)
+    assert memory == (bytes(1) + IMAGE[10:12] if origin == 10 else b"").ljust(12, b"\0")
 
 
 def test_the_page_that_is_asked_for_is_inside_the_range(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,5 +260,5 @@ def test_portions_of_any_size_give_the_same_digest(path: Path, monkeypatch: pyte
 def test_an_empty_file_has_nothing_to_read(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     with DataFile(tmp_path / "x") as file:
-        file.read_runs(allocate(0), 0, [])
+        file.read_runs(allocate(0), 0, rows([]))
     assert FileDigest(0, BLOCK, ()).runs([]) == []

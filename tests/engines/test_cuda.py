@@ -1,4 +1,4 @@
-"""What only a GPU can show: device fingerprints, device RNG, the pinned arena. Skipped, saying so, without one."""
+"""What only a GPU can show: device fingerprints and RNG, copies on a side stream, the fence. Skipped without one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 
 from resume_kit.algebra import fingerprint as reference
 from resume_kit.algebra.boxes import Box, boxes_of_flat_range
-from resume_kit.checkpoint.layout import plan_file
-from resume_kit.checkpoint.records import TensorKey, TensorSpec
 from resume_kit.engines import rng
-from resume_kit.engines.adapter import LivePiece
-from resume_kit.engines.fingerprint import as_unsigned, fingerprints
-from resume_kit.saving.staging import Arena, stage
+from resume_kit.engines.fingerprint import FingerprintPlan, as_unsigned, fingerprints
+from resume_kit.saving.arena import Arena
+from resume_kit.saving.measure import Measurement
+from resume_kit.saving.staging import Staging
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -52,16 +51,64 @@ def test_device_generators_come_back() -> None:
     assert found[2:] == expected[2:]
 
 
-def test_the_pinned_arena_is_the_file() -> None:
-    spec = TensorSpec(TensorKey("master", "w"), "float32", (64, 1000))
-    data = torch.randn(64_000, device="cuda")
-    layout = plan_file([(spec, Box.whole(spec.shape))], {})
-    arena = Arena(torch.device("cuda"))
-    staged = stage(arena, layout, [LivePiece(spec, Box.whole(spec.shape), data)], frozenset())
-    assert arena.reserve(1).is_pinned()
-    offset = staged.pieces[0].offset
-    assert offset is not None
-    assert bytes(staged.image[offset : offset + 256_000]) == data.cpu().numpy().tobytes()
+HEADER, SIZE, CYCLES = b"h" * 4096, 40 << 20, 200_000_000  # about 0.1 s of a device doing nothing
+
+
+def staged(arena: Arena, data: torch.Tensor, side: torch.cuda.Stream, *, room: int | None = None) -> Staging:
+    memory = arena.memory(room or SIZE + len(HEADER))
+    assert memory.is_pinned(), arena.note
+    return Staging(HEADER, [(len(HEADER), data)], SIZE + len(HEADER), memory, side, 60.0)
+
+
+def image_of(staging: Staging) -> bytes:
+    parts = []
+    for block in staging.blocks():
+        parts.append(bytes(block.memory))
+        if block.free is not None:
+            block.free()
+    return b"".join(parts)
+
+
+def bytes_on_device(seed: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randint(0, 256, (SIZE,), dtype=torch.uint8, device="cuda:0", generator=generator)
+
+
+@pytest.mark.parametrize("fenced", [True, False])
+def test_only_the_fence_keeps_an_update_from_what_is_being_copied(fenced: bool) -> None:
+    data, side = bytes_on_device(1), torch.cuda.Stream()
+    before = HEADER + bytes(data.cpu().numpy())
+    arena = Arena(data.device)
+    staging = staged(arena, data, side)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(CYCLES)
+    staging.enqueue()
+    if fenced:
+        staging.copied_on_device()
+    data.zero_()
+    assert (image_of(staging) == before) is fenced
+
+
+def test_a_bounded_arena_gives_the_same_image() -> None:
+    data, side = bytes_on_device(2), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    arena = Arena(data.device)
+    assert image_of(staged(arena, data, side, room=32 << 20)) == HEADER + bytes(data.cpu().numpy())
+
+
+def test_measurements_are_not_read_before_they_are_there() -> None:
+    data = torch.randn(1 << 20, device="cuda")
+    plan = FingerprintPlan([(data, (1 << 20,), Box.whole((1 << 20,)))])
+    expected = plan.run().tolist()
+    torch.cuda._sleep(CYCLES)
+    values = plan.run()
+    done = torch.cuda.Event()
+    done.record()
+    measurement = Measurement(values, values, values, values, done)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        measurement.wait()
+        assert values.tolist() == expected
 
 
 def test_pieces_on_host_and_device_go_together() -> None:

@@ -145,23 +145,20 @@ def test_megatron_owns_every_element_once_and_copies_complete_each_model_rank(
         stages = 2 if weight.place == "both" and topology.pipeline_parallel > 1 else 1
         expert = weight.expert is not None
         replicas = topology.expert_tensor_parallel if expert else topology.tensor_parallel
-        data_ranks = topology.expert_data_parallel if expert else topology.data_parallel
         copies = stages * (replicas if weight.axis is None else 1)
-        if not topology.distributed_optimizer:
-            copies *= data_ranks
         total = sum(h.box.numel for rank in held for h in rank if h.name == name)
         assert total == copies * math.prod(weight.shape), name
 
 
-def test_a_frozen_weight_is_in_no_buffer_and_whole_on_every_data_rank() -> None:
+def test_a_frozen_weight_is_in_no_buffer_and_shared_evenly_by_the_data_ranks() -> None:
     plain = Gpt().geometry
     shapes = {name: weight.shape for name, weight in plain.weights.items()}
     name = "decoder.layers.1.self_attention.linear_proj.weight"
     geometry = Geometry.from_document(plain.to_document(), shapes, frozen={name})
     layout = megatron_layout(geometry, MegatronTopology(world_size=2))
     assert uncovered(layout.table) == {}
-    mine = [(str(h.box), h.owned) for h in layout.held(1) if h.name == name]
-    assert mine == [("4:8,0:8", True), ("0:4,0:8", False)]
+    found = [[(str(h.box), h.owned) for h in layout.held(rank) if h.name == name] for rank in range(2)]
+    assert found == [[("0:4,0:8", True)], [("4:8,0:8", True)]]
 
 
 def test_experts_may_be_numbered_by_each_expert_rank_for_itself() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,35 @@ def test_what_every_data_rank_updates_is_proved_on_every_rank(
     text = failing(failure.value, "ResumeRefused")
     assert f"rank 1, {kind}/" in text and "this copy is not what was saved" in text
     assert "rank 0" not in text
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (2, {}),
+        (3, {}),  # no weight's size is a multiple of 3
+        (2, {"precision": "fp32"}),
+        (4, {"tp": 2}),
+        (4, {"experts": 4, "ep": 2}),
+    ],
+)
+def test_what_every_data_rank_updates_is_read_once_and_given_to_the_others(
+    world_size: int, changes: dict[str, Any], ranks: Ranks, tmp_path: Path
+) -> None:
+    job = MegatronJob(
+        run_dir=str(tmp_path / "run"), data=text_file(tmp_path), distributed_optimizer=False, global_batch=12, **changes
+    )
+    before = ranks.run(stay, world_size, job, 1, 1)
+    after = ranks.run(stay, world_size, job, 1)
+    for saved, resumed in zip(before, after, strict=True):
+        assert resumed.resumed_at == 1 and resumed.state == saved.state
+    shares = [wanted for wanted, *_ in after[0].read["by_rank"]]
+    if not changes:
+        directory = Path(job.run_dir) / names.step_directory(1)
+        manifest = read_manifest(directory)
+        indices = [read_index(directory, manifest, rank) for rank in range(world_size)]
+        stored = [sum(piece.nbytes for piece in index.pieces) for index in indices]
+        assert shares == stored and max(shares) < 1.1 * min(shares)
 
 
 @pytest.mark.parametrize("weight", ["wpe.weight", "mlp.c_fc.weight"])

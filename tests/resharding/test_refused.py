@@ -178,7 +178,7 @@ def test_a_copy_that_drifted_is_not_saved(options: dict[str, Any], weight: str, 
 def test_a_weight_that_is_not_its_masters_cast_is_blamed_on_its_owner(ranks: Ranks, tmp_path: Path) -> None:
     """The owner's part is wrong, so that every sound copy differs from what the owners hold together."""
     failure, _ = saving(ranks, tmp_path, "flip-saved-weight")
-    assert "[replicas] rank 1, param/" in failure.outcomes[0].error
+    assert "[cast of master] rank 1, param/" in failure.outcomes[0].error
     assert "is not its master's cast" in failure.outcomes[0].error
     assert "rank 0" not in failure.outcomes[0].error
 

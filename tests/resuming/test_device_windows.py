@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resume_kit.algebra.boxes import Box
+from resume_kit.checkpoint import readplan
 from resume_kit.checkpoint.blocks import digest_image
 from resume_kit.checkpoint.carrying import HostMemory, carry_out
-from resume_kit.checkpoint.readplan import ReadPlan, Source, Window, plan_reads
+from resume_kit.checkpoint.datafile import PAGE
+from resume_kit.checkpoint.readplan import ReadPlan, Source, plan_reads
 from resume_kit.checkpoint.transfers import Transfer
 from resume_kit.errors import CheckpointDamaged
 from resume_kit.resuming import device_windows
@@ -23,6 +25,13 @@ from tests.checkpoints import flip
 
 FILE = "rank-00000.safetensors"
 BLOCK = 4096
+
+
+@pytest.fixture(autouse=True)
+def page_of_one_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or these small blocks would all be read whole."""
+    monkeypatch.setattr(readplan, "PAGE", 1)
+
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -67,7 +76,7 @@ def image_and_plan(directory: Path) -> tuple[bytes, ReadPlan, list[torch.Tensor]
     odd = bytes(1) + image[40_001:40_003] + bytes(3) + image[40_011:40_016] + bytes(1)
     expected = [image[4_096:24_096], columns, odd, image[41_000:41_008], b""]
     plan = plan_reads([Source(FILE, digest_image(memoryview(image), BLOCK), 50_000, transfers)])
-    assert any(plan.whole) and {window.block is None for window in plan.windows(0)} == {True, False}
+    assert any(plan.whole) and {window.whole for window in plan.windows(0)} == {True, False}
     return image, plan, live, expected
 
 
@@ -90,51 +99,64 @@ def test_a_tensor_that_is_not_contiguous_is_refused() -> None:
         live_destination([torch.zeros(4, 6)[:, :3]])
 
 
-# -- the lane of a GPU, its events and pinned memory played by others
-
-
-class Event:
-    """A copy counts as pending from `record` to `synchronize`."""
-
-    def __init__(self, *_: object) -> None:
-        self.pending = False
-
-    def record(self, _stream: object) -> None:
-        assert not self.pending, "the window was used again before its copies were over"
-        self.pending = True
-
-    def synchronize(self) -> None:
-        self.pending = False
+# -- the lane of a GPU, its stream played by another
 
 
 class Stream:
     device = torch.device("cpu")
+    waited = 0
+
+    def synchronize(self) -> None:
+        self.waited += 1
 
 
-@pytest.mark.parametrize("windows", [1, 2, 3])
 @pytest.mark.parametrize("on_host", [(), (0, 1), (2, 3, 4)])
-def test_a_lane_brings_every_transfer_and_waits_for_its_windows(
-    windows: int, on_host: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_lane_brings_every_transfer_and_waits_before_its_window_is_used_again(
+    on_host: tuple[int, ...], tmp_path: Path
 ) -> None:
     image, plan, live, expected = image_and_plan(tmp_path)
-    monkeypatch.setattr(device_windows, "WINDOWS", windows)
-    monkeypatch.setattr(device_windows, "_pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
-    monkeypatch.setattr(torch.cuda, "Event", Event)
     flats = [tensor.view(-1).view(torch.uint8) for tensor in live]
     host = {number: flats[number].numpy().data for number in on_host}
-    lane = device_windows._DeviceLane(flats, host, plan.window_bytes, Stream())  # type: ignore[arg-type]
-    used = set()
-
-    def through(window: Window) -> None:
+    stream = Stream()
+    memory = torch.empty(plan.window_bytes, dtype=torch.uint8)
+    lane = device_windows._DeviceLane(flats, host, memory, stream)  # type: ignore[arg-type]
+    for taken, window in enumerate(plan.windows(0)):
         memory = lane.memory()
-        used.add(np.frombuffer(memory, np.uint8).ctypes.data)
+        assert stream.waited == taken + 1
         for start, stop in window.reads.tolist():
             memory[start - window.start : stop - window.start] = image[start:stop]
         lane.take(memory, window)
+    assert contents(live) == expected
 
-    for window in plan.windows(0):
-        through(window)
-    assert contents(live) == expected and len(used) == windows
+
+class Cuda:
+    """cudaHostRegister and its opposite, which note what is pinned."""
+
+    def __init__(self, error: int) -> None:
+        self.error = error
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        assert flags == 0 and address % PAGE == 0
+        if not self.error:
+            self.pinned[address] = nbytes
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> None:
+        del self.pinned[address]
+
+
+@pytest.mark.parametrize("error", [0, 2])
+def test_the_memory_of_a_lane_is_pinned_where_that_is_possible_and_only_while_it_lasts(
+    error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = Cuda(error)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    with device_windows._pinned(3 * PAGE) as memory:
+        assert (memory.dtype, memory.shape) == (torch.uint8, (3 * PAGE,))
+        assert cuda.pinned == ({} if error else {memory.data_ptr(): 3 * PAGE})
+        memory.fill_(7)
+    assert not cuda.pinned
 
 
 # -- on a GPU

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +94,25 @@ def test_close_gives_the_memory_back_and_it_may_begin_again(arena: Arena) -> Non
     assert arena.nbytes == 0 and not arena.ready and threading.active_count() == before
     arena.close()
     assert arena.memory(MIB).numel() == BLOCK_BYTES
+
+
+def mapped(address: int) -> bool:
+    """Whether this process has memory at an address."""
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(start, 16) <= address < int(stop, 16) for start, stop in ranges)
+
+
+def test_a_forked_worker_does_not_inherit_it(arena: Arena) -> None:
+    """It would keep a second copy of every page that a later save writes."""
+    address = arena.memory(40 * MIB).data_ptr()
+    assert all(mapped(address + offset) for offset in (0, 40 * MIB))
+    ordinary = torch.zeros(1)
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of forks beside threads
+        child = os.fork()
+    if child == 0:
+        inherited = [mapped(place) for place in (address, address + 40 * MIB, ordinary.data_ptr())]
+        os._exit(0 if inherited == [False, False, True] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # -- no memory

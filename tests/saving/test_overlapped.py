@@ -1,4 +1,4 @@
-"""Saves beside training: the state is that of its step, failures come to light, a busy disk is waited for or skipped."""
+"""Saves beside training: the state is its step's, failures come to light, a busy disk is waited for or skipped."""
 
 from __future__ import annotations
 
@@ -137,6 +137,7 @@ def save_once(rank: int, world_size: int, options: dict[str, Any], returns: str)
     commit = kit.wait()
     again = kit.wait()
     kit.close()
+    assert kit.last_commit is not None and kit.last_commit.step == 2
     return {"at once": at_once is not None, "commit": commit is not None, "again": again is not None}
 
 
@@ -151,6 +152,27 @@ def test_save_and_wait(returns: str, expected: dict[str, bool], ranks: Ranks, tm
     job = job_in(tmp_path, save_every=0)
     assert ranks.run(save_once, 2, job.to_json(), returns) == [expected, expected]
     assert names.committed_steps(Path(job.run_dir)) == [2]
+
+
+def save_and_train_on(rank: int, world_size: int, options: dict[str, Any]) -> list[Any]:
+    """What is known of the last commit: before it, beside it, and once a step has taken it."""
+    from tests.saving.loop import Loop
+
+    loop = Loop(rank, world_size, options)
+    loop.steps(2)
+    known = [loop.kit.last_commit]
+    loop.kit.save(returns="overlapped")
+    known.append(loop.kit.last_commit)
+    while loop.kit.last_commit is None:
+        loop.steps(1)
+    known += [loop.kit.last_commit.step, loop.kit.wait()]
+    loop.kit.close()
+    return known
+
+
+def test_a_commit_that_a_step_has_taken_stays_known(ranks: Ranks, tmp_path: Path) -> None:
+    job = job_in(tmp_path, save_every=0)
+    assert ranks.run(save_and_train_on, 2, job.to_json()) == [[None, None, 2, None]] * 2
 
 
 def test_too_little_host_memory_is_told_before_training(ranks: Ranks, tmp_path: Path) -> None:

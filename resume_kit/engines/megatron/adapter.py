@@ -175,6 +175,8 @@ class MegatronAdapter:
 
     def publish(self) -> None:
         self.settle()  # finishes what is pending; the gather after it takes what was just written
+        for weight in self._weights:
+            self._ownership.gather(weight, self._masters.get(id(weight.weight)))
         if self._ddp.use_distributed_optimizer:
             self._gather()
 

@@ -83,6 +83,13 @@ class Grid:
         members = [(dist.get_process_group_ranks(group), step) for group, step in steps]
         return all(b - a == step for ranks, step in members for a, b in pairwise(ranks))
 
+    def data_group(self, *, expert: bool) -> dist.ProcessGroup:
+        """The ranks that hold the same slice of a weight as this one, those of an expert or of any other weight."""
+        from megatron.core import parallel_state as state
+
+        found: dist.ProcessGroup = state.get_expert_data_parallel_group() if expert else state.get_data_parallel_group()
+        return found
+
     def stream(self, generator: str) -> dict[str, int]:
         """The coordinates that tell a generator's stream apart: tensor ranks share all but the tracker's streams."""
         place = {"pipeline": self.pipeline_rank}

@@ -1,15 +1,16 @@
 """Which pieces of which logical tensors this rank holds, in Megatron's optimizers and parameter buffers.
 
 With the distributed optimizer a rank updates one flat range of a parameter; without it, all of it, like every other
-data-parallel rank, and each of them owns an equal flat share. What is whole on every data-parallel rank (the
-low-precision parameter, and without the distributed optimizer masters and moments too) is one copy more on each,
-which is proved and not saved.
+data-parallel rank, and each of them owns an equal flat share: saves it, and after reading it back gives it to the
+others. What is whole on every data-parallel rank (the low-precision parameter, and without the distributed optimizer
+masters and moments too) is one copy more on each, which is proved, neither saved nor read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,19 +79,33 @@ class Ownership:
         """All pieces of a weight on this rank, masters before what was cast from them."""
         low = weight.weight.data.view(-1)
         number, ranks = weight.spread(self._grid)
-        share = self._copy(weight, 0)
-        held: list[tuple[int, int, int | None]] = []
+        start = stop = 0
         if master is not None and master.sharded:
-            held = [(master.start, master.start + master.tensor.numel(), share)]
-        elif not (self._distributed and weight.weight.requires_grad):
-            begin, end = number * low.numel() // ranks, (number + 1) * low.numel() // ranks
-            held = [(begin, end, share), (0, begin, None), (end, low.numel(), None)]
-        for start, stop, copy in held:
-            for part in weight.parts:
-                yield from self._range(part, start, stop, copy, low, master)
+            start, stop = master.start, master.start + master.tensor.numel()
+        elif self._whole_everywhere(weight):
+            start, stop = number * low.numel() // ranks, (number + 1) * low.numel() // ranks
+        for part in weight.parts:
+            yield from self._range(part, start, stop, self._copy(weight, 0), low, master)
         if ranks > 1:
             for part in weight.parts:
                 yield from self._whole(part, self._copy(weight, number + 1), low, master)
+
+    def gather(self, weight: LocalWeight, master: Master | None) -> None:
+        """Give and take the shares of what every data-parallel rank holds whole of a weight, in place. Collective."""
+        number, ranks = weight.spread(self._grid)
+        if ranks == 1 or not self._whole_everywhere(weight):
+            return
+        flats = [weight.weight.data.view(-1)]
+        if master is not None:
+            tensors, _ = split_state(master.tensor, master.state, weight.parts[0].name)
+            flats += [master.tensor.detach().view(-1), *(tensors[kind].view(-1) for kind in sorted(tensors))]
+        group = self._grid.data_group(expert=weight.expert is not None)
+        for flat in {flat.data_ptr(): flat for flat in flats}.values():  # an fp32 weight is its own master
+            _gather_shares(flat, number, ranks, group)
+
+    def _whole_everywhere(self, weight: LocalWeight) -> bool:
+        """Whether all data-parallel ranks hold all that there is of a weight, and share its ownership evenly."""
+        return not (self._distributed and weight.weight.requires_grad)
 
     def _whole(self, part: Part, copy: int, low: torch.Tensor, master: Master | None) -> Iterator[LivePiece]:
         """This rank's whole slice of everything that every data-parallel rank holds: proved, and read by no one."""
@@ -103,7 +118,7 @@ class Ownership:
             yield LivePiece(spec, part.box, flat.narrow(0, part.start, part.box.numel), None, copy, restored=False)
 
     def _range(
-        self, part: Part, start: int, stop: int, copy: int | None, low: torch.Tensor, master: Master | None
+        self, part: Part, start: int, stop: int, copy: int, low: torch.Tensor, master: Master | None
     ) -> Iterator[LivePiece]:
         """Elements [start, stop) of a local weight, as far as they belong to `part`."""
         start, stop = max(start, part.start), min(stop, part.start + part.box.numel)
@@ -140,3 +155,15 @@ class Ownership:
         tensor = max(self._grid.tensor, self._grid.expert_tensor)
         spread = max(self._grid.data, self._grid.expert_data)
         return (weight.later_copy * tensor + weight.tensor_copy(self._grid)) * (spread + 1) + slot
+
+
+def _gather_shares(flat: torch.Tensor, number: int, ranks: int, group: torch.distributed.ProcessGroup) -> None:
+    """Fill `flat` from the equal flat shares of all ranks of a group; this one, rank `number`, has its own."""
+    ends = [rank * flat.numel() // ranks for rank in range(ranks + 1)]
+    data = flat.view(torch.uint8)  # gloo gathers no bfloat16
+    shares = [data[flat.itemsize * start : flat.itemsize * stop] for start, stop in pairwise(ends)]
+    if flat.numel() % ranks == 0:
+        torch.distributed.all_gather_into_tensor(data, shares[number].clone(), group=group)
+        return
+    for rank, share in enumerate(shares):
+        torch.distributed.broadcast(share, torch.distributed.get_global_rank(group, rank), group=group)

@@ -14,7 +14,8 @@ from resume_kit.planning.table import BoxTable, Flags, Ints, boxes_of_flat_range
 class Held:
     """A box of a weight's master that a rank holds. The optimizer's tensors have the same boxes.
 
-    Of all ranks that hold an element one owns it, and its file has the bytes; the others have copies.
+    Of all ranks that hold an element one owns it, and its file has the bytes; the others have copies. What a rank
+    holds whole and reads in part, because data-parallel ranks give each other the rest, counts by that part only.
     """
 
     name: str

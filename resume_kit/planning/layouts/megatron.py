@@ -17,7 +17,7 @@ import numpy as np
 from resume_kit.planning.layouts.geometry import Geometry, Weight
 from resume_kit.planning.layouts.layout import Layout, table_of_ranges
 from resume_kit.planning.layouts.topology import MegatronTopology
-from resume_kit.planning.table import Flags, Ints, cut, numel_of, padded_shapes, run_numbers
+from resume_kit.planning.table import Ints, cut, numel_of, padded_shapes, run_numbers
 
 # Elements, as megatron.core.distributed.param_and_grad_buffer aligns them.
 _PARAMETER_START = 64
@@ -82,7 +82,7 @@ def megatron_layout(geometry: Geometry, topology: MegatronTopology) -> Layout:
         start=ranges.start,
         stop=ranges.stop,
         origin=origin,
-        owned=ranges.owned & owner[row] & ((split[row] >= 0) | (tensor_rank == 0)),
+        owned=owner[row] & ((split[row] >= 0) | (tensor_rank == 0)),
     )
     return Layout(topology.world_size, table)
 
@@ -95,10 +95,9 @@ class _Ranges:
     data_rank: Ints
     start: Ints
     stop: Ints
-    owned: Flags
 
     def take(self, rows: Ints) -> _Ranges:
-        return _Ranges(self.share[rows], self.data_rank[rows], self.start[rows], self.stop[rows], self.owned[rows])
+        return _Ranges(self.share[rows], self.data_rank[rows], self.start[rows], self.stop[rows])
 
     def __add__(self, other: _Ranges) -> _Ranges:
         return _Ranges(
@@ -106,12 +105,11 @@ class _Ranges:
             np.concatenate([self.data_rank, other.data_rank]),
             np.concatenate([self.start, other.start]),
             np.concatenate([self.stop, other.stop]),
-            np.concatenate([self.owned, other.owned]),
         )
 
 
 def _data_parallel(shares: list[_Share], data_ranks: Ints) -> _Ranges:
-    """What each data parallel rank holds of each share."""
+    """What each data parallel rank owns of each share."""
     offset = np.array([share.offset + share.within for share in shares], np.int64)
     numel = np.array([numel_of(share.slice) for share in shares], np.int64)
     bucket = np.array([share.bucket for share in shares], np.int64)
@@ -120,17 +118,14 @@ def _data_parallel(shares: list[_Share], data_ranks: Ints) -> _Ranges:
 
     sharded = np.flatnonzero(bucket)
     row, part, start, stop = cut(offset[sharded], numel[sharded], bucket[sharded] // data_ranks[sharded])
-    cuts = _Ranges(sharded[row], part, start, stop, np.ones(len(row), np.bool_))
+    cuts = _Ranges(sharded[row], part, start, stop)
 
-    # The others are whole on each of their data ranks, which own an even part each and read the rest besides.
+    # The others are whole on each of their data ranks, which own an even part each, and get the rest from each other.
     whole = np.flatnonzero(bucket == 0)
     row, part = np.repeat(whole, data_ranks[whole]), run_numbers(data_ranks[whole])
     first = np.clip(part * physical[row] // data_ranks[row] - within[row], 0, numel[row])
     last = np.clip((part + 1) * physical[row] // data_ranks[row] - within[row], 0, numel[row])
-    own = _Ranges(row, part, first, last, np.ones(len(row), np.bool_))
-    below = _Ranges(row, part, np.zeros_like(first), first, np.zeros(len(row), np.bool_))
-    above = _Ranges(row, part, last, numel[row], below.owned)
-    return cuts + own + below + above
+    return cuts + _Ranges(row, part, first, last)
 
 
 def _shares(geometry: Geometry, topology: MegatronTopology) -> Iterator[_Share]:

@@ -1,0 +1,124 @@
+"""Staging: the image of the file comes block by block; a bounded ring uses memory again only once it is free."""
+
+from __future__ import annotations
+
+import random
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+
+from resume_kit.checkpoint import blocks
+from resume_kit.errors import SaveFailed
+from resume_kit.saving import staging as module
+from resume_kit.saving.staging import Block, Staging
+
+BLOCK = 1024
+HEADER = bytes(range(200))
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(module, "spans", lambda size: blocks.spans(size, BLOCK))
+
+
+def sources_of(size: int, seed: int = 0) -> list[tuple[int, torch.Tensor]]:
+    """The file behind its header, cut at random places."""
+    rng = random.Random(seed)
+    cuts = sorted({len(HEADER), size, *(rng.randrange(len(HEADER), size) for _ in range(9))})
+    return [(a, torch.randint(256, (b - a,), dtype=torch.uint8)) for a, b in pairwise(cuts)]
+
+
+def image_of(sources: list[tuple[int, torch.Tensor]]) -> bytes:
+    return HEADER + b"".join(bytes(data.numpy()) for _, data in sources)
+
+
+def staged(size: int, room: int, *, seed: int = 0, timeout: float = 5.0) -> tuple[Staging, bytes, torch.Tensor]:
+    """A staging of a random file with memory for `room` blocks, the file's bytes, and that memory."""
+    sources = sources_of(size, seed)
+    memory = torch.full((room * BLOCK,), 255, dtype=torch.uint8)
+    return Staging(HEADER, sources, size, memory, None, timeout), image_of(sources), memory
+
+
+def place(block: Block, memory: torch.Tensor) -> int:
+    """Where the block lies in `memory`, in blocks."""
+    offset = torch.frombuffer(block.memory, dtype=torch.uint8).data_ptr() - memory.data_ptr()
+    assert offset % BLOCK == 0
+    return offset // BLOCK
+
+
+@pytest.mark.parametrize("size", [len(HEADER) + 11, BLOCK, 3 * BLOCK, 6 * BLOCK + 1])
+@pytest.mark.parametrize("seed", range(5))
+def test_with_room_for_all_the_memory_becomes_the_image(size: int, seed: int) -> None:
+    staging, image, memory = staged(size, 7, seed=seed)
+    assert not staging.bounded and not staging.by_device_alone
+    found = list(staging.blocks())
+    assert [block.number for block in found] == list(range(-(-size // BLOCK)))
+    assert b"".join(block.memory for block in found) == image == bytes(memory[:size].numpy())
+    assert all(block.free is None for block in found)
+    assert staging.copied == len(found)
+
+
+@pytest.mark.parametrize("room", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_bounded_ring_gives_all_blocks_in_order(room: int, seed: int) -> None:
+    staging, image, memory = staged(6 * BLOCK + 77, room, seed=seed)
+    assert staging.bounded
+    found, places = b"", set()
+    for number, block in enumerate(staging.blocks()):
+        assert block.number == number and block.free is not None
+        found += bytes(block.memory)
+        places.add(place(block, memory))
+        block.free()
+    assert found == image and places == set(range(room))
+
+
+def test_memory_is_used_again_only_once_it_is_free() -> None:
+    staging, image, memory = staged(4 * BLOCK, 2)
+    coming = staging.blocks()
+    first, second = next(coming), next(coming)
+    assert second.free is not None
+    second.free()
+    third = next(coming)
+    assert place(third, memory) == place(second, memory) != place(first, memory)
+    assert bytes(first.memory) == image[:BLOCK] and bytes(third.memory) == image[2 * BLOCK : 3 * BLOCK]
+
+
+def test_a_block_is_copied_when_it_is_asked_for_and_not_before() -> None:
+    """A caller that waits for the disk before it goes on must know what has been copied."""
+    staging, _, memory = staged(4 * BLOCK, 4)
+    coming = staging.blocks()
+    next(coming)
+    assert staging.copied == 1 and bool((memory[BLOCK:] == 255).all())
+
+
+def test_where_no_memory_becomes_free_it_fails_within_the_bound() -> None:
+    staging, _, _ = staged(4 * BLOCK, 2, timeout=0.2)
+    coming = staging.blocks()
+    next(coming), next(coming)
+    began = time.monotonic()
+    with pytest.raises(SaveFailed, match="does not take the checkpoint") as failure:
+        next(coming)
+    assert 0.15 < time.monotonic() - began < 3.0
+    (problem,) = failure.value.problems
+    assert "no block was written within" in problem.what and "file system" in problem.remedy
+    assert staging.copied == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("room", [7, 2])
+def test_from_a_device_the_same_bytes_come(room: int) -> None:
+    sources = sources_of(6 * BLOCK + 1)
+    mixed = [(offset, data.cuda() if n % 2 else data) for n, (offset, data) in enumerate(sources)]
+    memory = torch.empty(room * BLOCK, dtype=torch.uint8, pin_memory=True)
+    staging = Staging(HEADER, mixed, 6 * BLOCK + 1, memory, torch.cuda.Stream(), 5.0)
+    if not staging.bounded:
+        staging.enqueue()
+    found = b""
+    for block in staging.blocks():
+        found += bytes(block.memory)
+        if block.free is not None:
+            block.free()
+    assert found == image_of(sources)
