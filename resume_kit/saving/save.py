@@ -16,7 +16,7 @@ from resume_kit.checkpoint.index import RankIndex, StoredPiece
 from resume_kit.checkpoint.writing import ImageFile
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.engines.totals import totals_of
-from resume_kit.errors import InconsistentState, Problem
+from resume_kit.errors import InconsistentState, Problem, ResumeKitError, SaveFailed
 from resume_kit.saving.capture import Capture, FailedCapture, SaveRequest
 from resume_kit.saving.commit import commit_checkpoint
 from resume_kit.saving.copies import require_casts, require_equal_copies
@@ -112,7 +112,13 @@ def finish(
                 files.remove_checkpoint(staging)
         raise
     result = Commit(request.directory / names.step_directory(request.step), request.step, total_bytes, progress.sum())
-    coordinator.on_rank_zero("save: published", lambda: journal.published(request, result))
+    try:
+        coordinator.on_rank_zero("save: published", lambda: journal.published(request, result))
+    except ResumeKitError as error:
+        headline = (
+            f"the checkpoint of step {request.step} stands, but not every rank or the journal knows: {error.headline}"
+        )
+        raise SaveFailed(headline, error.problems) from error
     return result
 
 
