@@ -47,6 +47,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def cores_per_rank() -> int:
+    """This rank's share of the host's cores, at least 1."""
+    return max(1, (os.cpu_count() or 1) // local_world_size())
+
+
 def available_memory() -> int | None:
     """Bytes of host memory that can be had without swapping, on this host and in this process's cgroup.
 

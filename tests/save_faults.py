@@ -76,6 +76,7 @@ def _others(everywhere: set[str], mine: set[str], engine: Any) -> None:
     import resume_kit.run.saves as saves
     import resume_kit.saving.saver as saver
     from resume_kit.engines.coordination import Coordinator
+    from resume_kit.run.attempt import Attempt
     from resume_kit.run.journal import Journal
     from resume_kit.saving.pending import Pending
     from resume_kit.saving.staging import Staging
@@ -101,6 +102,15 @@ def _others(everywhere: set[str], mine: set[str], engine: Any) -> None:
             raise PermissionError(13, "Permission denied")
 
         saves.prune = refuse
+    if "no-commit-event" in mine:
+        note = Attempt.note
+
+        def lost(attempt: Attempt, event: str, fields: Any) -> None:
+            if event == "commit":
+                raise SaveFailed("cannot write journal.jsonl")
+            note(attempt, event, fields)
+
+        Attempt.note = lost
     if "no-skip-event" in mine:
 
         def full(journal: Journal, event: str, *arguments: Any, **options: Any) -> None:

@@ -27,7 +27,7 @@ class DeepSpeedFast(DeepSpeedNative):
         for builder in (AsyncIOBuilder(), UtilsBuilder()):
             try:
                 builder.load(verbose=False)
-            except BaseException as error:
+            except (Exception, SystemExit) as error:
                 return f"its op {builder.NAME} cannot be built here: {shortened(error)}"
         return None
 

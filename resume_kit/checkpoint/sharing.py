@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
@@ -38,7 +37,7 @@ class Shared(Generic[Item]):
 
 def default_readers() -> int:
     """Threads that read: this rank's share of the cores, from 2 to 16."""
-    return max(2, min(MOST_READERS, (os.cpu_count() or 1) // environment.local_world_size()))
+    return max(2, min(MOST_READERS, environment.cores_per_rank()))
 
 
 def share_out(items: Iterable[Item], work: Callable[[Shared[Item]], None], threads: int) -> None:

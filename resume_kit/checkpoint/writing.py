@@ -35,7 +35,7 @@ def write_failed(path: Path, error: OSError, nbytes: int) -> SaveFailed:
 
 def default_writers() -> int:
     """Threads a file: this rank's share of the cores, from 4 to 8: most of the time they wait for the disk."""
-    return max(4, min(8, (os.cpu_count() or 1) // environment.local_world_size()))
+    return max(4, min(8, environment.cores_per_rank()))
 
 
 class ImageFile:

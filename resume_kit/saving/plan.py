@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -136,7 +136,7 @@ def own_name(replica: Replica, rank: int) -> Replica:
 
 
 def shares_of(
-    replicas: Sequence[Replica], differing: Mapping[TensorKey, bool], rank: int, world_size: int
+    replicas: Sequence[Replica], differing: Set[TensorKey], rank: int, world_size: int
 ) -> tuple[LivePiece, ...]:
     """The whole tensors that this rank saves: its own versions, and its share of those that all hold alike.
 
@@ -147,7 +147,7 @@ def shares_of(
     for replica in replicas:
         if not replica.restored:
             continue
-        if differing.get(replica.spec.key):
+        if replica.spec.key in differing:
             mine.append(own_name(replica, rank))
             continue
         owner = load.index(min(load))

@@ -112,7 +112,7 @@ class Saver:
 
     def require_memory(self) -> None:
         """Raise `UsageError` when the ranks of this host will need more memory than it has. No communication."""
-        expected = expected_bytes(self._holdings(self._adapter.pieces(), self._adapter.replicas(), {}))
+        expected = expected_bytes(self._holdings(self._adapter.pieces(), self._adapter.replicas()))
         more, free = self._options.arena_bytes(expected) - self._arena.nbytes, available_memory()
         problems = memory_problems(max(0, more), local_world_size(), free)
         if problems:
@@ -120,7 +120,7 @@ class Saver:
 
     def prepare(self) -> None:
         """Allocate host memory for what this rank holds now, and compile kernels, in the background."""
-        holdings = self._holdings(self._adapter.pieces(), self._adapter.replicas(), {})
+        holdings = self._holdings(self._adapter.pieces(), self._adapter.replicas())
         with suppress(UsageError):  # the capture raises it, where the other ranks hear of it
             self._arena.begin(self._options.arena_bytes(image_bytes(holdings)))
         if self._stream is not None:
@@ -213,7 +213,7 @@ class Saver:
             capture = FailedCapture(account, error)
         return self._reduced(capture)
 
-    def _enqueue(self, account: Account, differing: dict[TensorKey, bool], changed: bool) -> Capture:
+    def _enqueue(self, account: Account, differing: frozenset[TensorKey], changed: bool) -> Capture:
         """Lay out the file, start the copies and the measurements. No communication."""
         holdings = self._holdings(account.pieces, account.replicas, differing)
         metadata = {
@@ -236,7 +236,7 @@ class Saver:
             if not staging.bounded:
                 staging.enqueue()
             measured = measuring.run()
-        return Capture(account, holdings, frozenset(differing), plan, staging, measuring, measured)
+        return Capture(account, holdings, differing, plan, staging, measuring, measured)
 
     def _reduced(self, capture: Capture | FailedCapture) -> Capture | FailedCapture:
         """On devices, the sums over copies are added up among the ranks, of which one that failed has none."""
@@ -253,11 +253,11 @@ class Saver:
         done.record(torch.cuda.current_stream(self._device))
         return replace(capture, measured=replace(measured, done=done))
 
-    def _holdings(self, pieces: Any, replicas: Any, differing: dict[TensorKey, bool]) -> Holdings:
+    def _holdings(self, pieces: Any, replicas: Any, differing: frozenset[TensorKey] = frozenset()) -> Holdings:
         rank, world_size = self._coordinator.rank, self._coordinator.world_size
         return Holdings(tuple(pieces), shares_of(replicas, differing, rank, world_size), tuple(replicas))
 
-    def _exchange(self, account: Account | None) -> tuple[dict[TensorKey, bool], bool] | None:
+    def _exchange(self, account: Account | None) -> tuple[frozenset[TensorKey], bool] | None:
         """What all ranks must know before they lay out their files: (per-rank tensors that differ, changes of layout).
 
         One small all-reduce. None when some rank's capture failed.
@@ -277,8 +277,7 @@ class Saver:
         if failed:
             return None
         highest, lowest = found[: self._per_rank], [~value for value in found[self._per_rank :]]
-        differing = {key: True for key, high, low in zip(shared, highest, lowest, strict=True) if high != low}
-        return differing, bool(changed)
+        return frozenset(k for k, hi, lo in zip(shared, highest, lowest, strict=True) if hi != lo), bool(changed)
 
 
 def _layout_of(account: Account) -> list[Any]:

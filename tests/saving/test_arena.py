@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import threading
@@ -186,6 +187,15 @@ def test_for_a_gpu_it_is_registered_as_one_range_and_given_back(on_gpu: Any) -> 
     assert runtime.registered == {grown.data_ptr(): 32 * MIB}
     arena.close()
     assert runtime.registered == {} and arena.note == ""
+
+
+def test_one_that_nobody_closed_is_unregistered_before_its_pages_go(on_gpu: Any) -> None:
+    arena, runtime = on_gpu(0)
+    arena.memory(MIB)
+    assert len(runtime.registered) == 1
+    del arena
+    gc.collect()
+    assert runtime.registered == {}
 
 
 def torch_that_pins(monkeypatch: pytest.MonkeyPatch, pinned: torch.Tensor | None) -> None:

@@ -218,3 +218,21 @@ def test_old_checkpoints_that_cannot_be_deleted_are_a_warning(ranks: Ranks, tmp_
     assert "warning: old checkpoints could not be deleted: [Errno 13] Permission denied" in group.log(0)
     assert names.committed_steps(Path(job.run_dir)) == [1, 2, 3, 4]
     assert [event["step"] for event in events(job, "commit")] == [1, 2, 3, 4]
+
+
+# -- the journal fails once the checkpoint stands
+
+
+def unpublished(rank: int, world_size: int, options: dict[str, Any]) -> str:
+    loop = Loop(rank, world_size, options, ["no-commit-event@0"])
+    loop.steps(1)
+    return told(loop.kit.save)
+
+
+def test_a_checkpoint_that_stands_is_said_to_stand(ranks: Ranks, tmp_path: Path) -> None:
+    job = job_in(tmp_path, timeout=20.0)
+    mine, other = ranks.run(unpublished, 2, job.to_json(), timeout=60)
+    assert mine == other
+    assert mine.startswith("SaveFailed: the checkpoint of step 1 stands, but not every rank or the journal knows")
+    assert "cannot write journal.jsonl" in mine
+    assert names.committed_steps(Path(job.run_dir)) == [1]

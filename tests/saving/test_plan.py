@@ -118,7 +118,7 @@ def test_the_ranks_share_what_all_hold_and_each_saves_its_own() -> None:
         replica("alike", 2, per_rank=True),
         replica("proved only", 50, restored=False),
     ]
-    differing = {TensorKey("buffer", "statistics"): True}
+    differing = {TensorKey("buffer", "statistics")}
     found = [[held.spec.key.name for held in shares_of(replicas, differing, rank, 2)] for rank in range(2)]
     assert found == [["large", "statistics@rank0"], ["small", "small too", "statistics@rank1", "alike"]]
 
