@@ -75,13 +75,14 @@ class Account:
 class Capture:
     """All that the background needs. `measured` is None where the background takes the measurements.
 
-    `differing` are the names of per-rank tensors that do differ between ranks.
+    `differing` are the names of per-rank tensors that do differ between ranks; `header` the first bytes of the file.
     """
 
     account: Account
     holdings: Holdings
     differing: frozenset[TensorKey]
     plan: SavePlan
+    header: bytes
     staging: Staging
     measuring: Measuring
     measured: Measurement | None

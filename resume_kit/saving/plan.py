@@ -48,7 +48,8 @@ class SavePlan:
     saved: pieces of the rank's index, in order; `offsets` says where each lies in the file, None where it follows
         from its master. measured: pieces whose fingerprint is taken. cast: pieces that must equal their master's cast.
     places: where the fingerprints of `measured` are summed for the comparison of copies. frozen: there are weights
-    without a master, which no fence guards: a forward may change them (a teacher's moving average).
+    without a master, which no fence guards: a forward may change them (a teacher's moving average). snapshots: bytes
+    [start, stop) of the file that come from memory which a capture writes.
     """
 
     layout: FileLayout
@@ -59,6 +60,7 @@ class SavePlan:
     copied: Copied
     places: Places
     frozen: bool
+    snapshots: tuple[tuple[int, int], ...]
 
     def sources(self, every: Sequence[LivePiece]) -> list[tuple[int, torch.Tensor]]:
         """(byte offset, bytes) of what goes into the file behind its header, in file order.
@@ -109,6 +111,7 @@ def plan_save(holdings: Holdings, copied: Copied, metadata: dict[str, str], devi
         copied=copied,
         frozen=any(every[n].spec.key.kind == "param" for n in stored),
         places=Places.of([every[n] for n in measured], copied.keys, copied.copies, device),
+        snapshots=tuple((s.offset, s.offset + s.nbytes) for s in layout.slots if s.spec.key.kind == "buffer"),
     )
 
 

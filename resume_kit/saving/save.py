@@ -174,7 +174,7 @@ def _stage(
     """Hand every block to the writers as soon as it lies in host memory, and read what was measured."""
     plan, holdings = capture.plan, capture.holdings
     made.append(ImageFile(staging / names.data_file(rank), plan.layout.size))
-    for block in capture.staging.blocks():
+    for block in capture.staging.blocks(capture.header):
         made[0].submit(block.number, block.memory, block.free)
     measurement = capture.measured or capture.measuring.run()
     found.append(Measured.of(measurement, plan))

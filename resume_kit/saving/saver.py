@@ -81,6 +81,7 @@ class Saver:
         self._signature: list[Any] | None = None
         self._copied = Copied((), 1)
         self._plan: SavePlan | None = None
+        self._sources: list[tuple[int, torch.Tensor]] = []
         self._layout: list[Any] | None = None
         self._pending: Pending | None = None
         self._stuck: Pending | None = None
@@ -129,6 +130,7 @@ class Saver:
     def forget(self) -> None:
         """Let go of the engine's tensors: a load is about to replace some."""
         self._gauges = Gauges()
+        self._sources = []
 
     def stepped(self) -> None:
         """After every optimizer step: notice whether the step's update passed the fence."""
@@ -180,6 +182,8 @@ class Saver:
     def close(self) -> None:
         """Give the host memory back. Nothing may be pending."""
         if self._stuck is None:
+            if self._stream is not None:
+                self._stream.synchronize()  # a capture that failed may have begun to copy
             self._arena.close()
 
     def _fence(self, _groups: list[dict[str, Any]]) -> Callable[[], None]:
@@ -191,11 +195,14 @@ class Saver:
 
     def _capture(self, build: Callable[[], SaveRequest]) -> Capture | FailedCapture:
         account: Account | None = None
+        early: Staging | None = None
         failure: Exception | None = None
         try:
             if self._stuck is not None:
                 raise SaveFailed(f"the save of step {self._stuck.step} still hangs", [_HANGS])
-            account = take_account(build(), self._adapter, self._snapshots)
+            request = build()
+            early = self._copy_early()
+            account = take_account(request, self._adapter, self._snapshots)
         except Exception as error:  # the others must know before they enter a collective
             failure = error
         agreed = self._exchange(account)
@@ -208,13 +215,33 @@ class Saver:
             self._layout = _layout_of(account)
         capture: Capture | FailedCapture
         try:
-            capture = self._enqueue(account, differing, changed)
+            capture = self._enqueue(account, differing, changed, early)
         except Exception as error:  # the others are on their way to the all-reduce below
             capture = FailedCapture(account, error)
         return self._reduced(capture)
 
-    def _enqueue(self, account: Account, differing: frozenset[TensorKey], changed: bool) -> Capture:
-        """Lay out the file, start the copies and the measurements. No communication."""
+    def _copy_early(self) -> Staging | None:
+        """Start the copies that the save before made: most likely they are those of this one. No communication.
+
+        None where they cannot begin before the state has been looked at.
+        """
+        if self._stream is None or self._plan is None or not self._sources or not self._adapter.at_step_boundary:
+            return None
+        staging = self._staging(self._plan)
+        if staging.bounded or not staging.from_device_alone:
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        staging.enqueue(without=self._plan.snapshots)
+        return staging
+
+    def _staging(self, plan: SavePlan) -> Staging:
+        memory = self._arena.memory(self._options.arena_bytes(plan.layout.size))
+        return Staging(self._sources, plan.layout.size, memory, self._stream, self._coordinator.timeout)
+
+    def _enqueue(
+        self, account: Account, differing: frozenset[TensorKey], changed: bool, early: Staging | None
+    ) -> Capture:
+        """Lay out the file, start the copies that were not started early, and the measurements. No communication."""
         holdings = self._holdings(account.pieces, account.replicas, differing)
         metadata = {
             "format": "resume_kit",
@@ -225,18 +252,21 @@ class Saver:
         found = signature(holdings)
         if self._plan is None or changed or found != self._signature:
             self._plan, self._signature = plan_save(holdings, self._copied, metadata, self._device), found
+            self._sources, early = [], None  # what was copied early is overwritten, on the same stream
         plan = self._plan
-        header = plan.layout.relabelled(metadata)
-        memory = self._arena.memory(self._options.arena_bytes(plan.layout.size))
-        timeout = self._coordinator.timeout
-        staging = Staging(header, plan.sources(holdings.every), plan.layout.size, memory, self._stream, timeout)
+        if early is None:
+            self._sources = plan.sources(holdings.every)
+        staging = early or self._staging(plan)
         measuring, measured = self._gauges.measuring(holdings, plan), None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            if not staging.bounded:
+            if early is not None:
+                staging.enqueue_rest()
+            elif not staging.bounded:
                 staging.enqueue()
             measured = measuring.run()
-        return Capture(account, holdings, differing, plan, staging, measuring, measured)
+        header = plan.layout.relabelled(metadata)
+        return Capture(account, holdings, differing, plan, header, staging, measuring, measured)
 
     def _reduced(self, capture: Capture | FailedCapture) -> Capture | FailedCapture:
         """On devices, the sums over copies are added up among the ranks, of which one that failed has none."""

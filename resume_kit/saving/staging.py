@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +26,12 @@ class Block:
 class Staging:
     """The copies of one save. `sources` are (byte offset in the file, bytes as a uint8 tensor), in file order.
 
-    `header` are the file's first bytes. `memory` (uint8, whole blocks) holds the image, or as many of its blocks at a
-    time as it has room for. `copied` counts the blocks that have come.
+    `memory` (uint8, whole blocks) holds the image, or as many of its blocks at a time as it has room for. `copied`
+    counts the blocks that have come.
     """
 
     def __init__(
         self,
-        header: bytes,
         sources: Sequence[tuple[int, torch.Tensor]],
         size: int,
         memory: torch.Tensor,
@@ -40,10 +39,10 @@ class Staging:
         timeout: float,
     ) -> None:
         self._spans = list(spans(size))
-        on_host = [source for source in sources if not source[1].is_cuda]
-        self._all_on_device = not on_host
-        self._host = _Cursor([(0, torch.frombuffer(bytearray(header), dtype=torch.uint8)), *on_host])
-        self._device = _Cursor([source for source in sources if source[1].is_cuda])
+        self._on_host = [source for source in sources if not source[1].is_cuda]
+        self._on_device = [source for source in sources if source[1].is_cuda]
+        self._device = _Cursor(self._on_device)
+        self._order: tuple[Sequence[int], Sequence[int]] = range(len(self._spans)), ()
         self._memory = memory
         self._stream = stream
         self._timeout = timeout
@@ -63,29 +62,62 @@ class Staging:
         return self._slots is not None
 
     @property
+    def from_device_alone(self) -> bool:
+        """Whether all of it lies on the device."""
+        return not self._on_host
+
+    @property
     def by_device_alone(self) -> bool:
         """Whether every copy of live memory is already in the stream's queue."""
-        return self._enqueued and self._all_on_device
+        return self._enqueued and not self._on_host
 
-    def enqueue(self) -> None:
-        """Start all copies from the device; nothing waits. Only where the whole image has room."""
-        for first in range(0, len(self._spans), _TOGETHER):
-            numbers = range(first, min(first + _TOGETHER, len(self._spans)))
-            start, stop = self._spans[numbers[0]][0], self._spans[numbers[-1]][1]
-            self._copy_from_device(numbers, self._memory[start:stop], start, stop)
+    def enqueue(self, *, without: Iterable[tuple[int, int]] = ()) -> None:
+        """Start all copies from the device but those into bytes `without` of the file; nothing waits.
+
+        Only where the whole image has room. `enqueue_rest` must follow where something was left out.
+        """
+        late = {number for lo, hi in without for number in range(lo // BLOCK_BYTES, -(-hi // BLOCK_BYTES))}
+        self._order = [n for n in range(len(self._spans)) if n not in late], sorted(late)
+        self._enqueue(self._order[0])
+        self._enqueued = not late
+
+    def enqueue_rest(self) -> None:
+        """Start the copies that `enqueue` left out."""
+        self._enqueue(self._order[1])
         self._enqueued = True
+
+    def _enqueue(self, numbers: Sequence[int]) -> None:
+        """Up to `_TOGETHER` neighbours at a time, in file order."""
+        self._device = _Cursor(self._on_device)
+        at = 0
+        while at < len(numbers):
+            end = at + 1
+            while end < len(numbers) and end - at < _TOGETHER and numbers[end] == numbers[end - 1] + 1:
+                end += 1
+            start, stop = self._spans[numbers[at]][0], self._spans[numbers[end - 1]][1]
+            self._copy_from_device(numbers[at:end], self._memory[start:stop], start, stop)
+            at = end
 
     def copied_on_device(self) -> None:
         """Make the current stream wait for the copies that `enqueue` started."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
-    def blocks(self) -> Iterator[Block]:
-        """Each block, in order, once its bytes are there. Raises `SaveFailed` when no memory is freed in time."""
-        for number, (start, stop) in enumerate(self._spans):
+    def blocks(self, header: bytes) -> Iterator[Block]:
+        """Each block, in the order of the copies, once its bytes are there; `header` are the file's first bytes.
+
+        Raises `SaveFailed` when no memory is freed in time.
+        """
+        on_host = [(0, torch.frombuffer(bytearray(header), dtype=torch.uint8)), *self._on_host]
+        for part in self._order:
+            yield from self._part(part, _Cursor(on_host))
+
+    def _part(self, numbers: Iterable[int], host: _Cursor) -> Iterator[Block]:
+        for number in numbers:
+            start, stop = self._spans[number]
             slot = self._take()
             memory = self._memory[start:stop] if slot is None else _slot(self._memory, slot, stop - start)
-            self._host.copy(memory, start, stop)
+            host.copy(memory, start, stop)
             if not self._enqueued:
                 self._copy_from_device((number,), memory, start, stop)
             if (event := self._events.pop(number, None)) is not None:
@@ -120,7 +152,7 @@ class Staging:
 
 
 class _Cursor:
-    """Sources in file order, consumed block by block."""
+    """Sources in file order, consumed block by block; blocks may be left out."""
 
     def __init__(self, sources: Sequence[tuple[int, torch.Tensor]]) -> None:
         self._sources = sources

@@ -57,16 +57,16 @@ HEADER, SIZE, CYCLES = b"h" * 4096, 40 << 20, 200_000_000  # about 0.1 s of a de
 def staged(arena: Arena, data: torch.Tensor, side: torch.cuda.Stream, *, room: int | None = None) -> Staging:
     memory = arena.memory(room or SIZE + len(HEADER))
     assert memory.is_pinned(), arena.note
-    return Staging(HEADER, [(len(HEADER), data)], SIZE + len(HEADER), memory, side, 60.0)
+    return Staging([(len(HEADER), data)], SIZE + len(HEADER), memory, side, 60.0)
 
 
 def image_of(staging: Staging) -> bytes:
-    parts = []
-    for block in staging.blocks():
-        parts.append(bytes(block.memory))
+    parts = {}
+    for block in staging.blocks(HEADER):
+        parts[block.number] = bytes(block.memory)
         if block.free is not None:
             block.free()
-    return b"".join(parts)
+    return b"".join(parts[number] for number in sorted(parts))
 
 
 def bytes_on_device(seed: int) -> torch.Tensor:
@@ -118,3 +118,22 @@ def test_pieces_on_host_and_device_go_together() -> None:
     one, two, three = as_unsigned(mixed)
     assert one == two == reference.fingerprint_of_box(host.numpy(), shape, box)
     assert three == reference.fingerprint_of_box(host.bfloat16().view(torch.int16).numpy().view("u2"), shape, box)
+
+
+def test_what_a_capture_writes_is_copied_after_the_rest() -> None:
+    """Most copies start before the state is looked at; a buffer's snapshot is taken after that."""
+    data, arena, side = bytes_on_device(5), Arena(torch.device("cuda:0")), torch.cuda.Stream()
+    staging = staged(arena, data, side)
+    lo, hi = len(HEADER) + (17 << 20), len(HEADER) + (17 << 20) + 100
+    torch.cuda._sleep(CYCLES)
+    side.wait_stream(torch.cuda.current_stream())
+    staging.enqueue(without=[(lo, hi)])
+    assert not staging.by_device_alone
+    data[17 << 20 : (17 << 20) + 100] = 7
+    side.wait_stream(torch.cuda.current_stream())
+    staging.enqueue_rest()
+    assert staging.by_device_alone
+    image = image_of(staging)
+    assert image[lo:hi] == bytes([7]) * 100
+    assert image == HEADER + bytes(data.cpu().numpy())
+    arena.close()

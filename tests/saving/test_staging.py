@@ -39,7 +39,7 @@ def staged(size: int, room: int, *, seed: int = 0, timeout: float = 5.0) -> tupl
     """A staging of a random file with memory for `room` blocks, the file's bytes, and that memory."""
     sources = sources_of(size, seed)
     memory = torch.full((room * BLOCK,), 255, dtype=torch.uint8)
-    return Staging(HEADER, sources, size, memory, None, timeout), image_of(sources), memory
+    return Staging(sources, size, memory, None, timeout), image_of(sources), memory
 
 
 def place(block: Block, memory: torch.Tensor) -> int:
@@ -54,7 +54,7 @@ def place(block: Block, memory: torch.Tensor) -> int:
 def test_with_room_for_all_the_memory_becomes_the_image(size: int, seed: int) -> None:
     staging, image, memory = staged(size, 7, seed=seed)
     assert not staging.bounded and not staging.by_device_alone
-    found = list(staging.blocks())
+    found = list(staging.blocks(HEADER))
     assert [block.number for block in found] == list(range(-(-size // BLOCK)))
     assert b"".join(block.memory for block in found) == image == bytes(memory[:size].numpy())
     assert all(block.free is None for block in found)
@@ -67,7 +67,7 @@ def test_a_bounded_ring_gives_all_blocks_in_order(room: int, seed: int) -> None:
     staging, image, memory = staged(6 * BLOCK + 77, room, seed=seed)
     assert staging.bounded
     found, places = b"", set()
-    for number, block in enumerate(staging.blocks()):
+    for number, block in enumerate(staging.blocks(HEADER)):
         assert block.number == number and block.free is not None
         found += bytes(block.memory)
         places.add(place(block, memory))
@@ -77,7 +77,7 @@ def test_a_bounded_ring_gives_all_blocks_in_order(room: int, seed: int) -> None:
 
 def test_memory_is_used_again_only_once_it_is_free() -> None:
     staging, image, memory = staged(4 * BLOCK, 2)
-    coming = staging.blocks()
+    coming = staging.blocks(HEADER)
     first, second = next(coming), next(coming)
     assert second.free is not None
     second.free()
@@ -89,14 +89,32 @@ def test_memory_is_used_again_only_once_it_is_free() -> None:
 def test_a_block_is_copied_when_it_is_asked_for_and_not_before() -> None:
     """A caller that waits for the disk before it goes on must know what has been copied."""
     staging, _, memory = staged(4 * BLOCK, 4)
-    coming = staging.blocks()
+    coming = staging.blocks(HEADER)
     next(coming)
     assert staging.copied == 1 and bool((memory[BLOCK:] == 255).all())
 
 
+def test_blocks_that_are_left_for_later_come_last_and_whole() -> None:
+    staging, image, memory = staged(6 * BLOCK + 77, 7)
+    staging.enqueue(without=[(2 * BLOCK - 1, 2 * BLOCK + 1), (5 * BLOCK, 5 * BLOCK + 9)])
+    staging.enqueue_rest()
+    found = list(staging.blocks(HEADER))
+    assert [block.number for block in found] == [0, 3, 4, 6, 1, 2, 5]
+    assert all(bytes(b.memory) == image[b.number * BLOCK : (b.number + 1) * BLOCK] for b in found)
+    assert bytes(memory[: len(image)].numpy()) == image
+
+
+def test_the_header_may_lie_in_blocks_left_for_later() -> None:
+    staging, image, _ = staged(3 * BLOCK, 3)
+    staging.enqueue(without=[(0, 1)])
+    staging.enqueue_rest()
+    found = {block.number: bytes(block.memory) for block in staging.blocks(HEADER)}
+    assert b"".join(found[number] for number in sorted(found)) == image
+
+
 def test_where_no_memory_becomes_free_it_fails_within_the_bound() -> None:
     staging, _, _ = staged(4 * BLOCK, 2, timeout=0.2)
-    coming = staging.blocks()
+    coming = staging.blocks(HEADER)
     next(coming), next(coming)
     began = time.monotonic()
     with pytest.raises(SaveFailed, match="does not take the checkpoint") as failure:
@@ -113,11 +131,11 @@ def test_from_a_device_the_same_bytes_come(room: int) -> None:
     sources = sources_of(6 * BLOCK + 1)
     mixed = [(offset, data.cuda() if n % 2 else data) for n, (offset, data) in enumerate(sources)]
     memory = torch.empty(room * BLOCK, dtype=torch.uint8, pin_memory=True)
-    staging = Staging(HEADER, mixed, 6 * BLOCK + 1, memory, torch.cuda.Stream(), 5.0)
+    staging = Staging(mixed, 6 * BLOCK + 1, memory, torch.cuda.Stream(), 5.0)
     if not staging.bounded:
         staging.enqueue()
     found = b""
-    for block in staging.blocks():
+    for block in staging.blocks(HEADER):
         found += bytes(block.memory)
         if block.free is not None:
             block.free()
