@@ -86,9 +86,9 @@ def _others(everywhere: set[str], mine: set[str], engine: Any) -> None:
         saver.available_memory = lambda: 1000
     if "slow-copies" in everywhere:
 
-        def late(staging: Staging) -> Any:
+        def late(staging: Staging, header: bytes) -> Any:
             time.sleep(1.0)
-            yield from blocks(staging)
+            yield from blocks(staging, header)
 
         Staging.blocks = late
     if "no-fence" in everywhere:
