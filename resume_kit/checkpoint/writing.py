@@ -12,7 +12,6 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from resume_kit import environment
 from resume_kit.checkpoint.blocks import BLOCK_BYTES, FileDigest, digest_block, spans
 from resume_kit.errors import Problem, SaveFailed
 
@@ -33,9 +32,8 @@ def write_failed(path: Path, error: OSError, nbytes: int) -> SaveFailed:
     return SaveFailed(f"cannot write {path.name}", [Problem("write", str(path), what, remedy)])
 
 
-def default_writers() -> int:
-    """Threads a file: this rank's share of the cores, from 4 to 8: most of the time they wait for the disk."""
-    return max(4, min(8, environment.cores_per_rank()))
+#: Threads a file: one hashes while another writes. More write hardly faster, and slow the training beside them.
+WRITERS = 2
 
 
 class ImageFile:
@@ -72,7 +70,7 @@ class ImageFile:
             raise write_failed(path, error, size) from error
         self._bypass = self._direct is not None
         with suppress(RuntimeError):
-            for number in range(min(default_writers() if writers is None else writers, len(self._spans))):
+            for number in range(min(WRITERS if writers is None else writers, len(self._spans))):
                 thread = threading.Thread(target=self._run, name=f"writer-{number}", daemon=True)
                 thread.start()
                 self._threads.append(thread)

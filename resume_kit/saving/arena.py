@@ -12,8 +12,7 @@ from contextlib import suppress
 import torch
 
 from resume_kit.checkpoint.blocks import BLOCK_BYTES
-from resume_kit.checkpoint.writing import default_writers
-from resume_kit.environment import available_memory, host_name
+from resume_kit.environment import available_memory, cores_per_rank, host_name
 from resume_kit.errors import Problem, SaveFailed
 
 _REMEDY = 'set Saving(staging="bounded", host_bytes=...), which stages in less memory, or run fewer ranks a node'
@@ -139,6 +138,11 @@ def _unregister(memory: torch.Tensor) -> None:
     torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
 
 
+def _touchers() -> int:
+    """Threads that touch new pages: this rank's share of the cores, from 4 to 8."""
+    return max(4, min(8, cores_per_rank()))
+
+
 def _pages(nbytes: int) -> torch.Tensor:
     """Anonymous memory, uint8 [nbytes], its pages there already: touched by several threads, huge where possible."""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -146,7 +150,7 @@ def _pages(nbytes: int) -> torch.Tensor:
         pages.madvise(mmap.MADV_HUGEPAGE)
     pages.madvise(mmap.MADV_DONTFORK)  # a data worker must not keep a second copy, nor move pages that are pinned
     memory = torch.frombuffer(pages, dtype=torch.uint8)
-    share = -(-nbytes // BLOCK_BYTES // default_writers()) * BLOCK_BYTES
+    share = -(-nbytes // BLOCK_BYTES // _touchers()) * BLOCK_BYTES
     threads = [
         # ctypes leaves the interpreter to others meanwhile; mmap's own methods do not.
         threading.Thread(target=ctypes.memset, args=(memory.data_ptr() + start, 0, min(share, nbytes - start)))

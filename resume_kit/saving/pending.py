@@ -84,6 +84,8 @@ class Pending:
             with on_stream:
                 self.commit = finish(self._capture, self._coordinator, self._journal, self._progress)
         except Exception as error:
+            if isinstance(self._capture, Capture):
+                self._capture.staging.abandon()
             if self._stream is not None:
                 self._stream.synchronize()  # no copy may be under way when its memory is used again
             self.failure = error

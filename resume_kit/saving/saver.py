@@ -200,12 +200,13 @@ class Saver:
         try:
             if self._stuck is not None:
                 raise SaveFailed(f"the save of step {self._stuck.step} still hangs", [_HANGS])
-            request = build()
             early = self._copy_early()
-            account = take_account(request, self._adapter, self._snapshots)
+            account = take_account(build(), self._adapter, self._snapshots)
         except Exception as error:  # the others must know before they enter a collective
             failure = error
         agreed = self._exchange(account)
+        if early is not None and (account is None or agreed is None):
+            early.abandon()
         if account is None or agreed is None:
             self._coordinator.round("save: capture", lambda: _reraise(failure), lambda _: None)
             raise AssertionError("unreachable: some rank's capture failed")
@@ -217,21 +218,25 @@ class Saver:
         try:
             capture = self._enqueue(account, differing, changed, early)
         except Exception as error:  # the others are on their way to the all-reduce below
+            if early is not None:
+                early.abandon()
             capture = FailedCapture(account, error)
         return self._reduced(capture)
 
     def _copy_early(self) -> Staging | None:
         """Start the copies that the save before made: most likely they are those of this one. No communication.
 
-        None where they cannot begin before the state has been looked at.
+        None where they cannot begin before the state has been looked at, or a gate's forward may change some.
         """
-        if self._stream is None or self._plan is None or not self._sources or not self._adapter.at_step_boundary:
+        if self._stream is None or not self._sources or not self._adapter.at_step_boundary:
+            return None
+        if self._plan is None or self._plan.frozen:
             return None
         staging = self._staging(self._plan)
         if staging.bounded or not staging.from_device_alone:
             return None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        staging.enqueue(without=self._plan.snapshots)
+        staging.start(without=self._plan.snapshots)
         return staging
 
     def _staging(self, plan: SavePlan) -> Staging:
@@ -252,7 +257,10 @@ class Saver:
         found = signature(holdings)
         if self._plan is None or changed or found != self._signature:
             self._plan, self._signature = plan_save(holdings, self._copied, metadata, self._device), found
-            self._sources, early = [], None  # what was copied early is overwritten, on the same stream
+            self._sources = []
+            if early is not None:
+                early.abandon()  # what it copied is overwritten, on the same stream
+                early = None
         plan = self._plan
         if early is None:
             self._sources = plan.sources(holdings.every)
@@ -260,10 +268,9 @@ class Saver:
         measuring, measured = self._gauges.measuring(holdings, plan), None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            if early is not None:
-                staging.enqueue_rest()
-            elif not staging.bounded:
-                staging.enqueue()
+            if early is None and not staging.bounded:
+                staging.start()
+            staging.start_rest()
             measured = measuring.run()
         header = plan.layout.relabelled(metadata)
         return Capture(account, holdings, differing, plan, header, staging, measuring, measured)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +14,7 @@ from resume_kit.checkpoint.blocks import BLOCK_BYTES, spans
 from resume_kit.errors import Problem, SaveFailed
 
 _TOGETHER = 4  # blocks that are copied by one call where they can: fewer calls, and writers still start early
+_AHEAD = 3  # such copies in the stream's queue: 4 ms on a bus of 55 GB/s, during which the interpreter may be busy
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +49,12 @@ class Staging:
         self._memory = memory
         self._stream = stream
         self._timeout = timeout
-        self._events: dict[int, torch.cuda.Event] = {}
-        self._enqueued = False
+        self._pacer: threading.Thread | None = None
+        self._events: dict[int, torch.cuda.Event | None] = {}
+        self._news = threading.Condition()
+        self._go_on, self._queued = threading.Event(), threading.Event()
+        self._abandoned = False
+        self._failure: BaseException | None = None
         self.copied = 0
         self._slots: queue.SimpleQueue[int] | None = None
         room = memory.numel() // BLOCK_BYTES
@@ -69,37 +76,33 @@ class Staging:
     @property
     def by_device_alone(self) -> bool:
         """Whether every copy of live memory is already in the stream's queue."""
-        return self._enqueued and not self._on_host
+        return self._queued.is_set() and not self._on_host
 
-    def enqueue(self, *, without: Iterable[tuple[int, int]] = ()) -> None:
-        """Start all copies from the device but those into bytes `without` of the file; nothing waits.
+    def start(self, *, without: Iterable[tuple[int, int]] = ()) -> None:
+        """Begin the copies from the device but those into bytes `without` of the file; nothing waits.
 
-        Only where the whole image has room. `enqueue_rest` must follow where something was left out.
+        Only where the whole image has room. `start_rest` must follow, or `abandon`. A thread keeps a few copies in the
+        stream's queue at a time: a copy of the training's own, a loss say, has to wait for all that came before it.
         """
         late = {number for lo, hi in without for number in range(lo // BLOCK_BYTES, -(-hi // BLOCK_BYTES))}
         self._order = [n for n in range(len(self._spans)) if n not in late], sorted(late)
-        self._enqueue(self._order[0])
-        self._enqueued = not late
+        if self._stream is not None:
+            self._pacer = threading.Thread(target=self._pace, name="copies", daemon=True)
+            self._pacer.start()
 
-    def enqueue_rest(self) -> None:
-        """Start the copies that `enqueue` left out."""
-        self._enqueue(self._order[1])
-        self._enqueued = True
+    def start_rest(self) -> None:
+        """Begin the copies that `start` left out."""
+        self._go_on.set()
 
-    def _enqueue(self, numbers: Sequence[int]) -> None:
-        """Up to `_TOGETHER` neighbours at a time, in file order."""
-        self._device = _Cursor(self._on_device)
-        at = 0
-        while at < len(numbers):
-            end = at + 1
-            while end < len(numbers) and end - at < _TOGETHER and numbers[end] == numbers[end - 1] + 1:
-                end += 1
-            start, stop = self._spans[numbers[at]][0], self._spans[numbers[end - 1]][1]
-            self._copy_from_device(numbers[at:end], self._memory[start:stop], start, stop)
-            at = end
+    def abandon(self) -> None:
+        """Begin no more copies. Those in the stream's queue still come."""
+        self._abandoned = True
+        self._go_on.set()
+        if self._pacer is not None:
+            self._pacer.join()
 
     def copied_on_device(self) -> None:
-        """Make the current stream wait for the copies that `enqueue` started."""
+        """Make the current stream wait for the copies in the stream's queue."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
@@ -118,21 +121,56 @@ class Staging:
             slot = self._take()
             memory = self._memory[start:stop] if slot is None else _slot(self._memory, slot, stop - start)
             host.copy(memory, start, stop)
-            if not self._enqueued:
-                self._copy_from_device((number,), memory, start, stop)
-            if (event := self._events.pop(number, None)) is not None:
-                event.synchronize()
+            copied = self._coming(number) if self._pacer else self._copy_from_device(memory, start, stop)
+            if copied is not None:
+                copied.synchronize()
             self.copied += 1
             yield Block(number, memory.numpy().data, self._freeing(slot))
 
-    def _copy_from_device(self, numbers: Sequence[int], memory: torch.Tensor, start: int, stop: int) -> None:
+    def _copy_from_device(self, memory: torch.Tensor, start: int, stop: int) -> torch.cuda.Event | None:
         if self._stream is None:
-            return
+            return None
         with torch.cuda.stream(self._stream):
-            if self._device.copy(memory, start, stop):
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record(self._stream)
-                self._events |= dict.fromkeys(numbers, event)
+            if not self._device.copy(memory, start, stop):
+                return None
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+            return event
+
+    def _pace(self) -> None:
+        """In a thread: all copies in their order, at most `_AHEAD` of them in the stream's queue."""
+        flight: deque[torch.cuda.Event] = deque()
+        try:
+            for late, part in enumerate(self._order):
+                if late:
+                    self._go_on.wait()
+                self._device = _Cursor(self._on_device)
+                for numbers in _neighbours(part):
+                    if len(flight) == _AHEAD:
+                        flight.popleft().synchronize()
+                    if self._abandoned:
+                        return
+                    start, stop = self._spans[numbers[0]][0], self._spans[numbers[-1]][1]
+                    event = self._copy_from_device(self._memory[start:stop], start, stop)
+                    if event is not None:
+                        flight.append(event)
+                    with self._news:
+                        self._events |= dict.fromkeys(numbers, event)
+                        self._news.notify()
+            self._queued.set()
+        except BaseException as error:  # whoever asks for the next block raises it
+            with self._news:
+                self._failure = error
+                self._news.notify()
+
+    def _coming(self, number: int) -> torch.cuda.Event | None:
+        """The event of the block's copy, once it is in the stream's queue."""
+        with self._news:
+            self._news.wait_for(lambda: number in self._events or self._failure is not None)
+            if number not in self._events:
+                assert self._failure is not None
+                raise self._failure
+            return self._events.pop(number)
 
     def _take(self) -> int | None:
         if self._slots is None:
@@ -176,6 +214,18 @@ class _Cursor:
                 break
             self._next += 1
         return found
+
+
+def _neighbours(numbers: Sequence[int]) -> Iterator[list[int]]:
+    """`numbers`, rising, in runs of neighbours of at most `_TOGETHER`."""
+    run: list[int] = []
+    for number in numbers:
+        if run and (number != run[-1] + 1 or len(run) == _TOGETHER):
+            yield run
+            run = []
+        run.append(number)
+    if run:
+        yield run
 
 
 def _slot(memory: torch.Tensor, slot: int, nbytes: int) -> torch.Tensor:

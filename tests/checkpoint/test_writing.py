@@ -371,13 +371,6 @@ def test_where_no_thread_can_be_started_submit_writes(tmp_path: Path, monkeypatc
     assert work.file.finish() == digest_image(work.image, BLOCK)
 
 
-@pytest.mark.parametrize(("cores", "ranks", "expected"), [(2, 2, 4), (16, 1, 8), (48, 8, 6), (192, 8, 8), (None, 1, 4)])
-def test_ranks_share_the_cores(cores: int | None, ranks: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    monkeypatch.setattr("resume_kit.environment.local_world_size", lambda: ranks)
-    assert writing.default_writers() == expected
-
-
 def test_no_more_threads_than_blocks(tmp_path: Path) -> None:
     before = threading.active_count()
     counts: dict[int, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -69,6 +70,13 @@ def image_of(staging: Staging) -> bytes:
     return b"".join(parts[number] for number in sorted(parts))
 
 
+def wait_until_queued(staging: Staging) -> None:
+    deadline = time.monotonic() + 10.0
+    while not staging.by_device_alone:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def bytes_on_device(seed: int) -> torch.Tensor:
     generator = torch.Generator("cuda").manual_seed(seed)
     return torch.randint(0, 256, (SIZE,), dtype=torch.uint8, device="cuda:0", generator=generator)
@@ -83,7 +91,9 @@ def test_only_the_fence_keeps_an_update_from_what_is_being_copied(fenced: bool) 
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         torch.cuda._sleep(CYCLES)
-    staging.enqueue()
+    staging.start()
+    staging.start_rest()
+    wait_until_queued(staging)
     if fenced:
         staging.copied_on_device()
     data.zero_()
@@ -127,13 +137,33 @@ def test_what_a_capture_writes_is_copied_after_the_rest() -> None:
     lo, hi = len(HEADER) + (17 << 20), len(HEADER) + (17 << 20) + 100
     torch.cuda._sleep(CYCLES)
     side.wait_stream(torch.cuda.current_stream())
-    staging.enqueue(without=[(lo, hi)])
+    staging.start(without=[(lo, hi)])
     assert not staging.by_device_alone
     data[17 << 20 : (17 << 20) + 100] = 7
     side.wait_stream(torch.cuda.current_stream())
-    staging.enqueue_rest()
-    assert staging.by_device_alone
+    staging.start_rest()
+    wait_until_queued(staging)
     image = image_of(staging)
     assert image[lo:hi] == bytes([7]) * 100
     assert image == HEADER + bytes(data.cpu().numpy())
+    arena.close()
+
+
+def test_few_copies_are_queued_at_a_time_and_none_after_abandon() -> None:
+    """Else a copy of the training's own would wait behind all of the state."""
+    side, arena = torch.cuda.Stream(), Arena(torch.device("cuda:0"))
+    data = torch.zeros(512 << 20, dtype=torch.uint8, device="cuda:0")
+    memory = arena.memory(data.numel())
+    memory.fill_(1)
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(CYCLES)
+    staging = Staging([(0, data)], data.numel(), memory, side, 60.0)
+    staging.start()
+    staging.start_rest()
+    time.sleep(0.02)
+    assert not staging.by_device_alone  # the device sleeps: the fourth copy waits for the first
+    staging.abandon()
+    side.synchronize()
+    copied = int((memory == 0).sum())
+    assert copied == 3 * 4 * (16 << 20)
     arena.close()

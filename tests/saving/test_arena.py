@@ -240,3 +240,10 @@ def test_on_a_real_gpu_it_is_pinned_and_copies_are_right() -> None:
     torch.cuda.synchronize()
     assert torch.equal(memory, data.cpu())
     arena.close()
+
+
+@pytest.mark.parametrize(("cores", "ranks", "expected"), [(2, 2, 4), (16, 1, 8), (48, 8, 6), (192, 8, 8), (None, 1, 4)])
+def test_ranks_share_the_cores(cores: int | None, ranks: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr("resume_kit.environment.local_world_size", lambda: ranks)
+    assert module._touchers() == expected

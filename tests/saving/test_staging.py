@@ -96,8 +96,8 @@ def test_a_block_is_copied_when_it_is_asked_for_and_not_before() -> None:
 
 def test_blocks_that_are_left_for_later_come_last_and_whole() -> None:
     staging, image, memory = staged(6 * BLOCK + 77, 7)
-    staging.enqueue(without=[(2 * BLOCK - 1, 2 * BLOCK + 1), (5 * BLOCK, 5 * BLOCK + 9)])
-    staging.enqueue_rest()
+    staging.start(without=[(2 * BLOCK - 1, 2 * BLOCK + 1), (5 * BLOCK, 5 * BLOCK + 9)])
+    staging.start_rest()
     found = list(staging.blocks(HEADER))
     assert [block.number for block in found] == [0, 3, 4, 6, 1, 2, 5]
     assert all(bytes(b.memory) == image[b.number * BLOCK : (b.number + 1) * BLOCK] for b in found)
@@ -106,8 +106,8 @@ def test_blocks_that_are_left_for_later_come_last_and_whole() -> None:
 
 def test_the_header_may_lie_in_blocks_left_for_later() -> None:
     staging, image, _ = staged(3 * BLOCK, 3)
-    staging.enqueue(without=[(0, 1)])
-    staging.enqueue_rest()
+    staging.start(without=[(0, 1)])
+    staging.start_rest()
     found = {block.number: bytes(block.memory) for block in staging.blocks(HEADER)}
     assert b"".join(found[number] for number in sorted(found)) == image
 
@@ -133,7 +133,8 @@ def test_from_a_device_the_same_bytes_come(room: int) -> None:
     memory = torch.empty(room * BLOCK, dtype=torch.uint8, pin_memory=True)
     staging = Staging(mixed, 6 * BLOCK + 1, memory, torch.cuda.Stream(), 5.0)
     if not staging.bounded:
-        staging.enqueue()
+        staging.start()
+    staging.start_rest()
     found = b""
     for block in staging.blocks(HEADER):
         found += bytes(block.memory)
