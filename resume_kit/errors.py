@@ -6,7 +6,10 @@
     ├── UsageError            (ValueError)    the caller's mistake: wrong argument, wrong config key
     ├── CheckpointDamaged     (OSError)       bytes on disk are not the bytes that were committed
     ├── ResumeRefused         (RuntimeError)  a check of the staged proof said no; nothing trains on
-    │   └── ReplayMismatch                    a step trained again differs from the journal
+    │   ├── ReplayMismatch                    a step trained again differs from the journal
+    │   └── GivenUp                           the run failed too often at the same step
+    ├── RunTaken              (RuntimeError)  another attempt that is alive holds the run directory
+    ├── Fenced                (RuntimeError)  a newer attempt took the run directory over; this one must end
     ├── SaveFailed            (RuntimeError)  a save did not commit; the last commit stands
     ├── InconsistentState     (RuntimeError)  the live state contradicts itself (drifted replicas, …)
     └── RanksFailed           (RuntimeError)  an error of one or more ranks, raised alike on all
@@ -82,6 +85,18 @@ class ResumeRefused(ResumeKitError, RuntimeError):
 
 class ReplayMismatch(ResumeRefused):
     """A step that was trained before a crash came out different when trained again."""
+
+
+class GivenUp(ResumeRefused):
+    """The run failed several times at the same step; another start would only fail again."""
+
+
+class RunTaken(ResumeKitError, RuntimeError):
+    """Another attempt holds the run directory and is alive."""
+
+
+class Fenced(ResumeKitError, RuntimeError):
+    """A newer attempt took the run directory over: this one can neither commit nor delete, and must end."""
 
 
 class SaveFailed(ResumeKitError, RuntimeError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from resume_kit.checkpoint.layout import plan_file
 from resume_kit.checkpoint.manifest import Manifest, RankEntry
 from resume_kit.checkpoint.records import TensorKey, TensorSpec
 from resume_kit.integrity.assembly import assemble
+from resume_kit.recovery import grounds
+from resume_kit.recovery.attempts import Token
+from resume_kit.run.retention import settle_leftovers
 
 RUN_ID = "0123456789ab"
 WEIGHTS: dict[str, tuple[int, ...]] = {"layers.0.weight": (8, 6), "layers.0.bias": (7,)}
@@ -61,8 +65,8 @@ def commit(run: Path, step: int, **recipe: Any) -> Path:
 
 
 def stage(run: Path, recipe: Recipe) -> Path:
-    """The finished staging directory, as it stands just before the rename that commits it."""
-    staging = run / names.staging_directory(recipe.step, recipe.attempt)
+    """The finished directory in its attempt's ground, as it stands just before the rename that commits it."""
+    staging = names.ground(run, recipe.attempt) / names.step_directory(recipe.step)
     staging.mkdir(parents=True)
     owned = _owned(recipe)
     indices, written = [], []
@@ -105,11 +109,27 @@ def stage(run: Path, recipe: Recipe) -> Path:
 
 def publish(run: Path, staging: Path) -> Path:
     """Commit what `stage` made."""
-    document = json.loads((staging / names.MANIFEST).read_bytes())
-    step, attempt = document["step"], document["attempt"]
-    final = run / names.step_directory(step)
-    files.publish(staging, final, run / names.replaced_directory(step, attempt))
+    final = run / staging.name
+    files.publish(staging, final)
+    with suppress(OSError):
+        for folder in (staging.parent, staging.parent.parent, run / names.ATTEMPTS):  # where nothing else is left
+            folder.rmdir()
     return final
+
+
+def settle(run: Path) -> Token:
+    """What the next start does with all that dead attempts have left."""
+    token = Token.take(run, world_size=1, run_id=None, take_over=True)
+    settle_leftovers(run, token.ground)
+    assert grounds.clear(token.ground) == []
+    return token
+
+
+def left_in(run: Path) -> list[str]:
+    """All that is in a run directory, but for the journal and the attempts, and what lies in the attempts' grounds."""
+    grounds_of = run.glob(f"{names.ATTEMPTS}/*/{names.GROUND}/*")
+    others = (entry for entry in run.iterdir() if entry.name not in (names.ATTEMPTS, names.JOURNAL))
+    return sorted(str(entry.relative_to(run)) for entry in (*others, *grounds_of))
 
 
 def resign(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

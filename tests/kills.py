@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from resume_kit.checkpoint.names import ATTEMPTS, GROUND
 from resume_kit.run.journal import read_journal
 from tests.ranks import RankGroup, start_ranks
 
@@ -81,8 +82,8 @@ def steps_reached(run: Path) -> int:
 
 
 def torn_saves(run: Path) -> set[str]:
-    """Names of the staging directories: of a save under way, or left behind by a dead attempt."""
-    return {path.name for path in run.glob(".staging-*")}
+    """The directories of a save under way, or left behind by a dead attempt, as ``000002/ground/step-000000004``."""
+    return {str(path.relative_to(run / ATTEMPTS)) for path in run.glob(f"{ATTEMPTS}/*/{GROUND}/step-*")}
 
 
 def _has_come(run: Path, step: int) -> Callable[[], bool]:
@@ -109,6 +110,6 @@ def _hit_save(group: RankGroup, run: Path, old: set[str]) -> bool:
 
     def beside() -> bool:
         torn = torn_saves(run) - old
-        return bool(torn) and steps_reached(run) > max(int(name.split("-")[2]) for name in torn)
+        return bool(torn) and steps_reached(run) > max(int(name.rpartition("-")[2]) for name in torn)
 
     return _until(group, beside)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import shutil
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from resume_kit.checkpoint import names
+from resume_kit.checkpoint import canonical, names
 from resume_kit.checkpoint.blocks import BLOCK_BYTES, FileDigest, spans
+from resume_kit.checkpoint.filesystems import require_atomic_renames
 from resume_kit.checkpoint.writing import ImageFile
 from resume_kit.checkpoint.writing import write_failed as write_failed  # for all who import files
 from resume_kit.errors import Problem, SaveFailed, UsageError
+
+#: Seconds within which what another host wrote and closed must be seen here. NFS caches names for up to 60.
+VISIBLE_WITHIN = 90.0
+_LATE = "look at the shared file system: every host must see what another has written and closed"
 
 
 def fsync_directory(directory: Path) -> None:
@@ -42,8 +52,40 @@ def write_image(path: Path, image: memoryview) -> FileDigest:
         file.abandon()
 
 
+def read_when_visible(path: Path, nbytes: int) -> bytes:
+    """The bytes of a small file that another host has just written and closed: `nbytes` of them.
+
+    Through the caches of a shared file system they may come late, or by a stale handle: that is waited for, up to
+    `VISIBLE_WITHIN` seconds. Raises `CheckpointDamaged`.
+    """
+    deadline = time.monotonic() + VISIBLE_WITHIN
+    while True:
+        try:
+            raw = path.read_bytes()
+            if len(raw) >= nbytes or time.monotonic() > deadline:
+                return raw
+        except OSError as error:
+            late = error.errno in (errno.ENOENT, errno.ESTALE) and path.parent.is_dir()
+            if not late or time.monotonic() > deadline:
+                raise canonical.damaged(path, f"it cannot be read: {error.strerror}", _LATE) from error
+        with suppress(OSError):
+            os.listdir(path.parent)  # makes a client of NFS look at the directory anew
+        time.sleep(0.05)
+
+
+def is_visible(path: Path) -> bool:
+    """Whether what another host has made is seen here, within `VISIBLE_WITHIN` seconds."""
+    deadline = time.monotonic() + VISIBLE_WITHIN
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def require_writable(run: Path) -> None:
-    """Create `run` if need be and prove by a write that it can be written. Raises `UsageError`."""
+    """Create `run` if need be and prove by a write that it can be written. Raises `UsageError`, also on an object
+    store."""
     probe = run / f".write-probe-{os.getpid()}"
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -59,6 +101,7 @@ def require_writable(run: Path) -> None:
             "give the job's user write permission, free space, or choose another run directory",
         )
         raise UsageError("the run directory cannot be used", [problem]) from error
+    require_atomic_renames(run)
 
 
 def require_space(run: Path, nbytes: int) -> None:
@@ -74,21 +117,25 @@ def require_space(run: Path, nbytes: int) -> None:
         raise SaveFailed("not enough space for the checkpoint", [problem])
 
 
-def publish(staging: Path, final: Path, aside: Path) -> None:
-    """Rename the finished `staging` directory to `final`: the one act that commits a checkpoint.
+def publish(staging: Path, final: Path) -> None:
+    """Rename the finished `staging` directory, which lies in a ground, to `final`: the one act that commits.
 
-    A checkpoint that already stands at `final` (the same step, trained again) is first renamed to `aside`
+    A checkpoint that already stands at `final` (the same step, trained again) is first renamed into the ground
     and deleted after the commit, so that a crash at any point loses neither.
     """
+    ground = staging.parent
     fsync_directory(staging)
-    replaces = final.exists()
+    aside, replaces = ground / names.replaced_directory(final.name), final.exists()
     if replaces:
+        if aside.exists():  # could not be deleted when this step was last replaced
+            remove_checkpoint(aside, ground)
         os.rename(final, aside)
     try:
         os.rename(staging, final)
     except OSError:
         if replaces:
-            os.rename(aside, final)
+            with suppress(FileNotFoundError):  # the ground was taken away; its taker puts it back
+                os.rename(aside, final)
         raise
     try:
         fsync_directory(final.parent)
@@ -98,24 +145,55 @@ def publish(staging: Path, final: Path, aside: Path) -> None:
         raise SaveFailed("a commit may not be durable", [Problem("commit", str(final), what, remedy)]) from error
     if replaces:
         with suppress(OSError, ValueError):  # the new checkpoint stands; the next start removes what is left of the old
-            remove_checkpoint(aside)
+            remove_checkpoint(aside, ground)
 
 
-def remove_checkpoint(directory: Path) -> None:
+def remove_checkpoint(directory: Path, ground: Path) -> None:
     """Delete a checkpoint directory whose name matches one of ours whole; refuse any other with ValueError.
 
-    It is renamed first, so that a crash half-way never leaves something that looks like a checkpoint.
+    It is first renamed into `ground`: a crash half-way never leaves something that looks like a checkpoint, and an
+    attempt whose ground was taken away deletes nothing. Raises OSError.
     """
-    if names.parse_step(directory.name) is None and not names.is_leftover(directory.name):
+    name = directory.name
+    if not (names.parse_step(name) is not None or names.in_ground(name) or names.is_leftover(name)):
         raise ValueError(f"{directory} is not named like a checkpoint; nothing was deleted")
     if directory.is_symlink():
         raise ValueError(f"{directory} is a symbolic link; nothing was deleted")
     doomed = directory
-    if not directory.name.startswith(".removed-"):
-        doomed = directory.with_name(names.removed_directory(directory.name))
-        if doomed.is_dir():
-            shutil.rmtree(doomed)
+    if directory.parent != ground or not names.is_removed(name):
+        doomed = free_name(ground / names.removed_directory(name))
         os.rename(directory, doomed)
+        fsync_directory(ground)
         fsync_directory(directory.parent)
-    shutil.rmtree(doomed)
-    fsync_directory(directory.parent)
+    remove_tree(doomed)
+    with suppress(FileNotFoundError):  # the ground was taken away meanwhile; what was renamed is deleted by its taker
+        fsync_directory(ground)
+
+
+def remove_tree(directory: Path) -> None:
+    """Delete a directory of ours with all in it. Links are not followed.
+
+    Files that another process has open stay on NFS, as `.nfs…`, until it closes them, and so does their directory:
+    that is no error, the next start deletes it. Neither is what somebody else has just deleted.
+    """
+
+    def tolerate(_function: Callable[..., Any], path: str, failure: tuple[Any, BaseException, Any]) -> None:
+        error = failure[1]
+        if not isinstance(error, FileNotFoundError) and not _open_elsewhere(Path(path)):
+            raise error
+
+    shutil.rmtree(directory, onerror=tolerate)
+
+
+def _open_elsewhere(path: Path) -> bool:
+    """Whether `path` is a file that NFS keeps for a process that has it open, or a directory of nothing else."""
+    if path.is_symlink() or not path.is_dir():
+        return path.name.startswith(".nfs")
+    return all(_open_elsewhere(entry) for entry in path.iterdir())
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or the first of path.2, path.3, … that does not exist."""
+    if not path.exists():
+        return path
+    return next(p for n in itertools.count(2) if not (p := path.with_name(f"{path.name}.{n}")).exists())

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,9 +98,10 @@ def engine_text(engine: Mapping[str, Any]) -> str:
 def _all(run: Path) -> Iterator[Listed]:
     for step in steps_of(run):
         yield _checkpoint(run / names.step_directory(step), step)
-    for name in _entries(run):
-        if names.is_leftover(name):
-            yield _leftover(run / name)
+    for place in (run, *_grounds(run)):
+        for name in _entries(place):
+            if names.is_leftover(name) or (place != run and names.in_ground(name)):
+                yield _leftover(place / name, str((place / name).relative_to(run)))
     for name in _entries(run / names.SET_ASIDE):
         aside = names.parse_step(re.sub(r"\.attempt-\d+\Z", "", name))
         if aside is not None:
@@ -130,14 +131,21 @@ def _checkpoint(directory: Path, step: int, *, set_aside: bool = False) -> Liste
     return _listed(directory, step, state, problems, set_aside=set_aside)
 
 
-def _leftover(directory: Path) -> Listed:
+def _grounds(run: Path) -> Iterator[Path]:
+    """Where attempts, and `prune`, prepare checkpoints and take them apart."""
+    yield run / names.PRUNING
+    for number in names.attempt_numbers(run):
+        yield from names.grounds(run / names.ATTEMPTS / names.attempt_directory(number))
+
+
+def _leftover(directory: Path, name: str) -> Listed:
     state: State = "torn"
     if names.replaced_step(directory.name) is not None:
         state = "replaced"
-    elif directory.name.startswith(".removed-"):
+    elif names.is_removed(directory.name):
         state = "half-deleted"
     step = re.search(r"step-(\d{9})", directory.name)
-    return _listed(directory, int(step[1]) if step else 0, state, [])
+    return replace(_listed(directory, int(step[1]) if step else 0, state, []), name=name)
 
 
 def _listed(directory: Path, step: int, state: State, problems: list[Problem], *, set_aside: bool = False) -> Listed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import RenderableType
@@ -10,7 +11,10 @@ from rich.console import RenderableType
 from resume_kit.checkpoint import names
 from resume_kit.cli.opening import open_run, size_on_disk, steps_of
 from resume_kit.cli.output import FINE, Outcome, printable, size_text
-from resume_kit.errors import Problem, ResumeKitError
+from resume_kit.errors import Problem, ResumeKitError, RunTaken
+from resume_kit.recovery import grounds
+from resume_kit.recovery.attempts import BEAT_SECONDS, read_attempts
+from resume_kit.recovery.rules import is_alive
 from resume_kit.run.retention import Retention, prune
 
 
@@ -20,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--keep-last", type=int, required=True, metavar="N", help="keep the newest N checkpoints (at least 2)"
     )
     parser.add_argument("--keep-every", type=int, metavar="M", help="and those whose step is a multiple of M")
+    parser.add_argument("--force", action="store_true", help="also while the run is being trained")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     parser.epilog = "the newest good checkpoint always stays, and so does all that is not named like one"
 
@@ -28,8 +33,10 @@ def execute(arguments: argparse.Namespace) -> Outcome:
     retention = Retention(keep_last=arguments.keep_last, keep_every=arguments.keep_every)
     run = open_run(arguments.run)
     sizes = {step: size_on_disk(run / names.step_directory(step)) for step in steps_of(run)}
+    if not (arguments.dry_run or arguments.force):
+        _require_idle(run)
     try:
-        gone = prune(run, retention, dry_run=arguments.dry_run)
+        gone = _prune(run, retention, dry_run=arguments.dry_run)
     except OSError as error:
         raise _stopped(run, sizes, error) from error
     kept = [step for step in sizes if step not in gone]
@@ -50,8 +57,34 @@ def execute(arguments: argparse.Namespace) -> Outcome:
     return Outcome(FINE, document, text)
 
 
+def _require_idle(run: Path) -> None:
+    """Raise `RunTaken` while a training run deletes here by its own rule."""
+    if not is_alive(run, 2.5 * BEAT_SECONDS):
+        return
+    newest = read_attempts(run)[-1]
+    what = f"attempt {newest.number} is training ({newest.identity}); it prunes by its own keep_last and keep_every"
+    remedy = f"wait until it ends, stop it (resume-kit stop {printable(str(run))}), or add --force"
+    raise RunTaken("nothing was deleted", [Problem("prune", printable(str(run)), what, remedy)])
+
+
+def _prune(run: Path, retention: Retention, *, dry_run: bool) -> list[int]:
+    """In a ground of its own, which an attempt that starts takes away: from then on nothing is deleted here."""
+    if dry_run:
+        return prune(run, retention, run, dry_run=True)
+    ground = run / names.PRUNING
+    ground.mkdir(exist_ok=True)
+    grounds.clear(ground)
+    gone = prune(run, retention, ground)
+    with suppress(OSError):  # another prune is under way, or something could not be deleted: the next start does it
+        ground.rmdir()
+    return gone
+
+
 def _stopped(run: Path, sizes: dict[int, int | None], error: OSError) -> ResumeKitError:
     gone = [step for step in sizes if not (run / names.step_directory(step)).exists()]
-    what = f"{error.strerror or error}; deleted before that: {', '.join(map(str, gone)) or 'nothing'}"
+    why = error.strerror or str(error)
+    if not (run / names.PRUNING).is_dir():
+        why = "an attempt of the run has begun meanwhile, and prunes by its own rule"
+    what = f"{why}; deleted before that: {', '.join(map(str, gone)) or 'nothing'}"
     where = printable(str(error.filename or run))
     return ResumeKitError("prune stopped half-way", [Problem("prune", where, what, "check permissions, prune again")])

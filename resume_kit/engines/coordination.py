@@ -201,7 +201,12 @@ def _unpack(packed: dict[str, Any]) -> ResumeKitError:
 
 
 def _merge(name: str, failures: list[tuple[int, dict[str, Any]]]) -> ResumeKitError:
-    """One error for all ranks: of their common class where they agree on one, else `RanksFailed`."""
+    """One error for all ranks: of their common class where they agree on one, else `RanksFailed`.
+
+    `Fenced` counts before all others: what fails besides, once a newer attempt has come, follows from that.
+    """
+    fenced = [(rank, packed) for rank, packed in failures if packed["type"] == errors.Fenced.__name__]
+    failures = fenced or failures
     classes = {packed["type"] for _, packed in failures}
     if len(classes) == 1 and (cls := _ERRORS.get(next(iter(classes)))):
         problems: dict[tuple[str, str, str, str], list[int]] = {}

@@ -12,23 +12,27 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from resume_kit.checkpoint import files
 from resume_kit.checkpoint.names import JOURNAL
-from resume_kit.errors import CheckpointDamaged, Problem
+from resume_kit.recovery.events import JournalLines
 
-EVENTS = frozenset({"start", "resume", "refuse", "step", "save", "skip", "commit", "preempt", "end"})
+EVENTS = frozenset({"start", "resume", "refuse", "step", "save", "skip", "commit", "preempt", "fenced", "end"})
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class Journal:
-    """Appends events of one attempt. Only one rank of a run writes, from any of its threads."""
+    """Appends events of one attempt. Only one rank of a run writes, from any of its threads.
 
-    def __init__(self, run: Path, *, attempt: int) -> None:
+    `fence` is called before each line, and raises once the attempt may write no more.
+    """
+
+    def __init__(self, run: Path, *, attempt: int, fence: Callable[[], None] = lambda: None) -> None:
         self._attempt = attempt
+        self._fence = fence
         self._path = path = run / JOURNAL
         self._torn = _ends_within_a_line(path)
         self._lock = threading.Lock()
@@ -42,6 +46,7 @@ class Journal:
         line = json.dumps(_plain(record), separators=(",", ":"), allow_nan=False)
         with self._lock:
             data = (b"\n" if self._torn else b"") + line.encode() + b"\n"
+            self._fence()
             self._torn = True
             try:
                 if os.write(self._descriptor, data) != len(data):
@@ -83,26 +88,13 @@ def number(value: Any) -> Any:
 
 
 def read_journal(run: Path) -> Iterator[dict[str, Any]]:
-    """All whole events of a run, oldest first; nothing for a run without a journal.
+    """All whole events of a run, oldest first, without stale ones (`JournalLines` counts them).
+
+    Nothing for a run without a journal.
 
     A torn line is skipped (a crash cut it off). Raises `CheckpointDamaged` when the file cannot be read.
     """
-    path = run / JOURNAL
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        problem = Problem("journal", str(path), f"cannot be read: {error.strerror}", "check permissions")
-        raise CheckpointDamaged("the journal cannot be read", [problem]) from error
-    for line in raw.split(b"\n"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        ours = isinstance(record, dict) and isinstance(record.get("attempt"), int)
-        if ours and isinstance(record.get("event"), str) and record["event"] in EVENTS:
-            yield record
+    return (event for event in JournalLines(run) if event["event"] in EVENTS)
 
 
 def unreadable_lines(run: Path) -> int:

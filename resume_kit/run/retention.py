@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 from resume_kit.checkpoint import files, names
 from resume_kit.errors import UsageError
 from resume_kit.integrity.verify import quick_problems
+from resume_kit.recovery import grounds
+from resume_kit.recovery.attempts import fencing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,12 @@ class Retention:
         return [step for step in ordered if step not in kept]
 
 
-def prune(run: Path, retention: Retention, *, dry_run: bool = False) -> list[int]:
-    """Delete the expendable checkpoints of `run`; return their steps.
+def prune(run: Path, retention: Retention, ground: Path, *, dry_run: bool = False) -> list[int]:
+    """Delete the expendable checkpoints of `run`, by way of `ground`; return their steps.
 
     Directories without a manifest do not count as kept and are not touched. The newest checkpoint that passes a
-    quick verification stays, whatever the policy says.
+    quick verification stays, whatever the policy says. Raises OSError, also where `ground` was
+    taken away.
     """
     committed = names.committed_steps(run)
     good = next((step for step in reversed(committed) if not quick_problems(run / names.step_directory(step))), None)
@@ -50,14 +52,13 @@ def prune(run: Path, retention: Retention, *, dry_run: bool = False) -> list[int
     doomed = [step for step in doomed if not (run / names.step_directory(step)).is_symlink()]
     if not dry_run:
         for step in doomed:
-            files.remove_checkpoint(run / names.step_directory(step))
+            files.remove_checkpoint(run / names.step_directory(step), ground)
     return doomed
 
 
-def settle_leftovers(run: Path) -> list[str]:
-    """Clean up after dead attempts: put back a checkpoint whose replacement never came, delete torn ones.
-
-    Returns the names that were there.
+def settle_leftovers(run: Path, ground: Path) -> list[str]:
+    """Clean up after attempts of versions that had no ground: put back a checkpoint whose replacement never came,
+    delete torn ones. Returns the names that were there. Raises OSError.
     """
     leftovers = sorted(entry.name for entry in run.iterdir() if names.is_leftover(entry.name) and entry.is_dir())
     for name in leftovers:
@@ -66,7 +67,7 @@ def settle_leftovers(run: Path) -> list[str]:
             os.rename(run / name, run / names.step_directory(step))
             files.fsync_directory(run)
         elif not (run / name).is_symlink():
-            files.remove_checkpoint(run / name)
+            files.remove_checkpoint(run / name, ground)
     return leftovers
 
 
@@ -74,21 +75,14 @@ def set_aside(run: Path, *, after: int, attempt: int) -> list[int]:
     """Move checkpoints later than step `after` out of the run's line; return their steps.
 
     Called once a resume at `after` is proved: what is later was damaged or belongs to a branch that was left.
-    Nothing is deleted: they wait in `set-aside/`.
+    Nothing is deleted: they wait in `set-aside/`. Raises `Fenced` once a newer attempt has come.
     """
+    ground = names.ground(run, attempt)
     later = [step for step in names.checkpoint_steps(run) if step > after]
-    for step in later:
-        place = run / names.SET_ASIDE
-        place.mkdir(exist_ok=True)
-        os.rename(run / names.step_directory(step), _free(place / f"{names.step_directory(step)}.attempt-{attempt}"))
-        files.fsync_directory(place)
-    if later:
-        files.fsync_directory(run)
+    with fencing(ground):
+        for step in later:
+            name = names.step_directory(step)
+            grounds.set_aside(run / name, f"{name}.attempt-{attempt}", run, ground)
+        if later:
+            files.fsync_directory(run)
     return later
-
-
-def _free(path: Path) -> Path:
-    """`path`, or the first of path.2, path.3, … that does not exist."""
-    if not path.exists():
-        return path
-    return next(p for n in itertools.count(2) if not (p := path.with_name(f"{path.name}.{n}")).exists())

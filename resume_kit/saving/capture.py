@@ -25,13 +25,15 @@ Held = TypeVar("Held", LivePiece, Replica)
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """What a save writes besides the engine's tensors. `directory` is the run directory.
+    """What a save writes besides the engine's tensors. `directory` is the run directory, `ground` where this attempt
+    prepares a checkpoint: on the same file system.
 
     `updates` counts those that the optimizer's state must show; `carried` are this rank's share of RNG records of
     other topologies; `gate_seconds` is what the gate's record took.
     """
 
     directory: Path
+    ground: Path
     run_id: str
     attempt: int
     step: int

@@ -68,7 +68,7 @@ def commit_checkpoint(capture: Capture, written: list[dict[str, Any]], staging: 
     files.write_durably(staging / names.MANIFEST, manifest.to_bytes())
     final = request.directory / names.step_directory(request.step)
     try:
-        files.publish(staging, final, request.directory / names.replaced_directory(request.step, request.attempt))
+        files.publish(staging, final)
     except OSError as error:
         raise files.write_failed(final, error, manifest.total_bytes) from error
     return manifest.total_bytes
@@ -76,7 +76,7 @@ def commit_checkpoint(capture: Capture, written: list[dict[str, Any]], staging: 
 
 def _read_back(staging: Path, rank: int, account: Mapping[str, Any]) -> RankIndex:
     path = staging / names.index_file(rank)
-    raw = canonical.read_bytes(path)
+    raw = files.read_when_visible(path, account["bytes"])
     if canonical.digest(raw) != account["digest"]:
         raise SaveFailed(
             "an index did not arrive as it was written",

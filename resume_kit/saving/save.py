@@ -16,7 +16,8 @@ from resume_kit.checkpoint.index import RankIndex, StoredPiece
 from resume_kit.checkpoint.writing import ImageFile
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.engines.totals import totals_of
-from resume_kit.errors import InconsistentState, Problem, ResumeKitError, SaveFailed
+from resume_kit.errors import Fenced, InconsistentState, Problem, ResumeKitError, SaveFailed
+from resume_kit.recovery.attempts import fencing
 from resume_kit.saving.capture import Capture, FailedCapture, SaveRequest
 from resume_kit.saving.commit import commit_checkpoint
 from resume_kit.saving.copies import require_casts, require_equal_copies
@@ -73,25 +74,29 @@ def finish(
     """Stage, write and commit. Collective, over the store alone, so that it may run beside training.
 
     Raises the same error on every rank: `InconsistentState` when the live state contradicts itself, `SaveFailed`
-    when it could not be written. Either way nothing was committed and older checkpoints stand, unless it is the journal
-    that fails once the checkpoint stands.
+    when it could not be written, `Fenced` when a newer attempt has taken the ground in which it was prepared. In each
+    case nothing was committed and older checkpoints stand, unless it is the journal that fails once the checkpoint
+    stands.
     """
     if isinstance(capture, FailedCapture):
         failure = capture.failure
         coordinator.round("save: agree", lambda: _raise(failure), lambda _: None)
         raise AssertionError("unreachable: this rank's capture failed")
     request = capture.account.request
-    staging = request.directory / names.staging_directory(request.step, request.attempt)
+    staging = request.ground / names.step_directory(request.step)
+    fenced = fencing(request.ground)
     made: list[ImageFile] = []
     try:
         coordinator.round(
-            "save: agree", lambda: _account(capture), lambda accounts: _agree(accounts, request, staging, journal)
+            "save: agree",
+            lambda: _account(capture),
+            lambda accounts: fenced(_agree)(accounts, request, staging, journal),
         )
         progress.lap("agree")
         found: list[Measured] = []
         sums = coordinator.round(
             "save: stage",
-            lambda: _stage(capture, staging, coordinator.rank, made, found, progress),
+            lambda: fenced(_stage)(capture, staging, coordinator.rank, made, found, progress),
             lambda staged: _compare(capture, staged),
         )
         progress.lap("stage")
@@ -100,8 +105,10 @@ def finish(
         require_equal_copies(capture.holdings, capture.plan, measured, totals, coordinator)
         total_bytes = coordinator.round(
             "save: commit",
-            lambda: _write(capture, measured, coordinator.rank, coordinator.world_size, made[0], staging, progress),
-            lambda written: commit_checkpoint(capture, written, staging),
+            lambda: fenced(_write)(
+                capture, measured, coordinator.rank, coordinator.world_size, made[0], staging, progress
+            ),
+            lambda written: fenced(commit_checkpoint)(capture, written, staging),
         )
         progress.lap("commit")
     except Exception:
@@ -109,11 +116,13 @@ def finish(
             image.abandon()
         if coordinator.rank == 0 and staging.is_dir():
             with suppress(OSError):  # what cannot be removed now is a torn directory; the next start removes it
-                files.remove_checkpoint(staging)
+                files.remove_checkpoint(staging, staging.parent)
         raise
     result = Commit(request.directory / names.step_directory(request.step), request.step, total_bytes, progress.sum())
     try:
         coordinator.on_rank_zero("save: published", lambda: journal.published(request, result))
+    except Fenced:
+        raise
     except ResumeKitError as error:
         headline = (
             f"the checkpoint of step {request.step} stands, but not every rank or the journal knows: {error.headline}"
@@ -156,7 +165,7 @@ def _agree(accounts: list[dict[str, Any]], request: SaveRequest, staging: Path, 
         raise InconsistentState("the ranks disagree; nothing was saved", problems)
     files.require_space(request.directory, sum(account["bytes"] for account in accounts))
     if staging.is_dir():
-        files.remove_checkpoint(staging)
+        files.remove_checkpoint(staging, staging.parent)
     try:
         staging.mkdir()
     except OSError as error:

@@ -17,10 +17,9 @@ import pytest
 
 from resume_kit.checkpoint import blocks, files, names, writing
 from resume_kit.checkpoint.blocks import digest_image
-from resume_kit.errors import SaveFailed, UsageError
+from resume_kit.errors import CheckpointDamaged, SaveFailed, UsageError
 from resume_kit.integrity.verify import deep_problems, quick_problems
-from resume_kit.run.retention import settle_leftovers
-from tests.checkpoints import Recipe, commit, stage
+from tests.checkpoints import Recipe, commit, left_in, settle, stage
 
 NOBODY = 65534
 STEP = 5
@@ -236,11 +235,17 @@ def manifest_of(checkpoint: Path) -> bytes:
 
 
 def publish(run: Path) -> None:
-    files.publish(
-        run / names.staging_directory(STEP, 2),
-        run / names.step_directory(STEP),
-        run / names.replaced_directory(STEP, 2),
-    )
+    files.publish(staged(run), run / names.step_directory(STEP))
+
+
+def staged(run: Path) -> Path:
+    return names.ground(run, 2) / names.step_directory(STEP)
+
+
+def ground(run: Path) -> Path:
+    place = names.ground(run, 2)
+    place.mkdir(parents=True, exist_ok=True)
+    return place
 
 
 @pytest.fixture
@@ -264,9 +269,9 @@ def fresh_run(tmp_path: Path) -> Callable[[str], Path]:
 def test_a_publication_replaces_the_checkpoint_and_leaves_nothing_else(fresh_run: Callable[[str], Path]) -> None:
     for kind in ("first", "again"):
         run = fresh_run(kind)
-        new = manifest_of(run / names.staging_directory(STEP, 2))
+        new = manifest_of(staged(run))
         publish(run)
-        assert sorted(entry.name for entry in run.iterdir()) == ["step-000000003", "step-000000005"]
+        assert left_in(run) == ["step-000000003", "step-000000005"]
         assert manifest_of(run / names.step_directory(STEP)) == new
         assert deep_problems(run / names.step_directory(STEP)) == []
 
@@ -276,14 +281,14 @@ def test_whenever_a_crash_hits_a_publication_the_old_or_the_new_one_is_recovered
 ) -> None:
     template = fresh_run("again")
     old = manifest_of(template / names.step_directory(STEP))
-    new = manifest_of(template / names.staging_directory(STEP, 2))
+    new = manifest_of(staged(template))
     assert old != new
     recovered = []
     for call, run, made in crashes(lambda: fresh_run("again"), publish):
-        settle_leftovers(run)
+        settle(run)
         assert names.committed_steps(run) == [3, STEP], f"after {call} calls: {made}"
         assert deep_problems(run / names.step_directory(STEP)) == []
-        assert len(list(run.iterdir())) == 2  # nothing else is left
+        assert len(left_in(run)) == 2  # nothing else is left
         recovered.append(manifest_of(run / names.step_directory(STEP)) == new)
     # The rename that commits is the third call: fsync of the staging directory, old aside, new in place.
     assert recovered == [False] * 3 + [True] * (len(recovered) - 3) and len(recovered) > 8
@@ -295,7 +300,7 @@ def test_whenever_a_crash_hits_a_first_publication_it_is_there_whole_or_not_at_a
     seen = []
     for _, run, _ in crashes(lambda: fresh_run("first"), publish):
         before = names.committed_steps(run)
-        settle_leftovers(run)
+        settle(run)
         assert names.committed_steps(run) == before
         assert all(deep_problems(run / names.step_directory(step)) == [] for step in before)
         seen.append(before)
@@ -314,19 +319,19 @@ def test_a_crash_while_settling_changes_nothing_for_the_next_start(fresh_run: Ca
 
     for first in range(publication_calls):
         settled = left_by(first)
-        settle_leftovers(settled)
+        settle(settled)
         expected = manifest_of(settled / names.step_directory(STEP))
         second = 0
         while True:
             run = left_by(first)
             with crash_before(second):
                 try:
-                    settle_leftovers(run)
+                    settle(run)
                 except Crash:
                     crashed = True
                 else:
                     crashed = False
-            settle_leftovers(run)
+            settle(run)
             assert names.committed_steps(run) == [3, STEP]
             assert manifest_of(run / names.step_directory(STEP)) == expected
             assert quick_problems(run / names.step_directory(STEP)) == []
@@ -341,11 +346,15 @@ def test_everything_is_durable_before_and_after_the_rename_that_commits(
     run = fresh_run("first")
     log: list[str] = []
     rename, sync = os.rename, files.fsync_directory
-    monkeypatch.setattr(os, "rename", lambda a, b: log.append(f"{a.name} → {b.name}") or rename(a, b))
-    monkeypatch.setattr(files, "fsync_directory", lambda d: log.append(f"fsync {d.name}") or sync(d))
+
+    def short(path: Path) -> str:
+        return "/".join(path.parts[-2:])
+
+    monkeypatch.setattr(os, "rename", lambda a, b: log.append(f"{short(a)} → {short(b)}") or rename(a, b))
+    monkeypatch.setattr(files, "fsync_directory", lambda d: log.append(f"fsync {short(d)}") or sync(d))
     publish(run)
-    staging, final = names.staging_directory(STEP, 2), names.step_directory(STEP)
-    assert log == [f"fsync {staging}", f"{staging} → {final}", f"fsync {run.name}"]
+    name = names.step_directory(STEP)
+    assert log == [f"fsync ground/{name}", f"ground/{name} → {run.name}/{name}", f"fsync {run.parent.name}/{run.name}"]
 
 
 @pytest.fixture
@@ -375,7 +384,7 @@ def test_an_error_of_the_committing_rename_puts_the_old_one_back(
     with pytest.raises(OSError, match="Input/output error"):
         publish(run)
     assert names.committed_steps(run) == [3, STEP] and manifest_of(run / names.step_directory(STEP)) == old
-    assert not (run / names.replaced_directory(STEP, 2)).exists()
+    assert len(left_in(run)) == 3 and staged(run).is_dir()
 
 
 @pytest.mark.parametrize("kind", ["first", "again"])
@@ -383,11 +392,11 @@ def test_a_commit_that_may_not_be_durable_says_so(
     kind: str, fresh_run: Callable[[str], Path], failing: Callable[[str, int], None]
 ) -> None:
     run = fresh_run(kind)
-    new = manifest_of(run / names.staging_directory(STEP, 2))
+    new = manifest_of(staged(run))
     failing("fsync", 1)
     with pytest.raises(SaveFailed, match=r"committed, but not known to be on disk.*Input/output error"):
         publish(run)
-    settle_leftovers(run)
+    settle(run)
     assert manifest_of(run / names.step_directory(STEP)) == new and names.committed_steps(run) == [3, STEP]
 
 
@@ -395,11 +404,13 @@ def test_an_old_one_that_cannot_be_deleted_does_not_fail_the_commit(
     fresh_run: Callable[[str], Path], failing: Callable[[str, int], None]
 ) -> None:
     run = fresh_run("again")
-    new = manifest_of(run / names.staging_directory(STEP, 2))
+    new = manifest_of(staged(run))
     failing("unlink", 1)
     publish(run)
     assert manifest_of(run / names.step_directory(STEP)) == new
-    assert len(settle_leftovers(run)) == 1 and len(list(run.iterdir())) == 2
+    assert len(left_in(run)) == 3
+    settle(run)
+    assert len(left_in(run)) == 2
 
 
 # -- removal
@@ -424,7 +435,7 @@ def test_a_look_alike_is_not_removed(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "precious").write_bytes(b"x")
     with pytest.raises(ValueError, match="is not named like a checkpoint; nothing was deleted"):
-        files.remove_checkpoint(tmp_path / name)
+        files.remove_checkpoint(tmp_path / name, tmp_path)
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [name, f"{name}/precious"]
 
 
@@ -439,7 +450,7 @@ def test_a_link_is_not_removed_nor_followed(tmp_path: Path) -> None:
     link = tmp_path / "run" / target.name
     link.symlink_to(target)
     with pytest.raises(ValueError, match="is a symbolic link; nothing was deleted"):
-        files.remove_checkpoint(link)
+        files.remove_checkpoint(link, ground(tmp_path / "run"))
     assert link.is_symlink() and deep_problems(target) == []
 
 
@@ -447,34 +458,111 @@ def test_a_link_is_not_removed_nor_followed(tmp_path: Path) -> None:
     "name",
     [
         names.step_directory(5),
-        names.staging_directory(5, 1),
-        names.replaced_directory(5, 1),
-        names.removed_directory(names.step_directory(5)),
+        ".staging-step-000000005-attempt-1",
+        ".replaced-step-000000005-attempt-1",
+        ".removed-step-000000005",
+        ".removed-.staging-step-000000005-attempt-1",
     ],
 )
 def test_what_is_ours_is_removed_whole(name: str, run_dir: Path) -> None:
     commit(run_dir, 5).rename(run_dir / name)
     (run_dir / name / "below").mkdir()
     commit(run_dir, 6)
-    files.remove_checkpoint(run_dir / name)
-    assert [entry.name for entry in run_dir.iterdir()] == [names.step_directory(6)]
+    files.remove_checkpoint(run_dir / name, ground(run_dir))
+    assert left_in(run_dir) == [names.step_directory(6)]
+
+
+@pytest.mark.parametrize("name", ["step-000000005", "replaced-step-000000005", "removed-step-000000005.2"])
+def test_what_lies_in_the_ground_is_removed_whole(name: str, run_dir: Path) -> None:
+    place = ground(run_dir)
+    commit(run_dir, 5).rename(place / name)
+    files.remove_checkpoint(place / name, place)
+    assert left_in(run_dir) == []
 
 
 def test_a_half_removed_one_of_the_same_name_is_in_nobodys_way(run_dir: Path) -> None:
-    commit(run_dir, 5).rename(run_dir / names.removed_directory(names.step_directory(5)))
-    files.remove_checkpoint(commit(run_dir, 5, seed=1))
-    assert list(run_dir.iterdir()) == []
+    place = ground(run_dir)
+    commit(run_dir, 5).rename(place / names.removed_directory(names.step_directory(5)))
+    files.remove_checkpoint(commit(run_dir, 5, seed=1), place)
+    assert [entry.name for entry in place.iterdir()] == ["removed-step-000000005"]
+    settle(run_dir)
+    assert left_in(run_dir) == []
 
 
 def test_a_crash_in_a_removal_never_leaves_what_looks_committed(fresh_run: Callable[[str], Path]) -> None:
     whole = []
     for _, run, _ in crashes(
-        lambda: fresh_run("again"), lambda run: files.remove_checkpoint(run / names.step_directory(STEP))
+        lambda: fresh_run("again"), lambda run: files.remove_checkpoint(run / names.step_directory(STEP), ground(run))
     ):
         for step in names.checkpoint_steps(run):
             assert deep_problems(run / names.step_directory(step)) == []
         whole.append(STEP in names.checkpoint_steps(run))
-        settle_leftovers(run)
+        settle(run)
         assert names.checkpoint_steps(run) == ([3, STEP] if whole[-1] else [3])
-        assert len(list(run.iterdir())) == len(names.checkpoint_steps(run))
+        assert len(left_in(run)) == len(names.checkpoint_steps(run))
     assert whole == [True] + [False] * (len(whole) - 1) and len(whole) > 6
+
+
+# -- what shared file systems do
+
+
+def test_what_nfs_keeps_for_an_open_file_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removing an open file on NFS gives it the name .nfs…, which cannot be removed before it is closed."""
+    (tmp_path / "removed-step-000000005").mkdir()
+    kept = tmp_path / "removed-step-000000005" / ".nfs0000000000a1b2c3"
+    for path in (kept, kept.with_name("rank-00000.safetensors")):
+        path.write_bytes(b"x")
+    unlink = os.unlink
+
+    def busy(path: str, **options: Any) -> None:
+        if path == kept.name:
+            raise OSError(errno.EBUSY, "Device or resource busy", path)
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", busy)
+    files.remove_tree(tmp_path / "removed-step-000000005")
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    kept.rename(kept.with_name("another"))
+    monkeypatch.setattr(os, "unlink", lambda *_, **__: fail_with(errno.EACCES))
+    with pytest.raises(PermissionError):
+        files.remove_tree(tmp_path / "removed-step-000000005")
+
+
+def fail_with(code: int) -> None:
+    raise OSError(code, os.strerror(code))
+
+
+class LateFileSystem:
+    """What another host wrote is seen here only after some looks at it: not at all, by a stale handle, then in part."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
+        self.looks, self.asked = looks, 0
+        self._read = Path.read_bytes
+        monkeypatch.setattr(Path, "read_bytes", lambda path: self.read(path))
+
+    def read(self, path: Path) -> bytes:
+        self.asked += 1
+        if self.asked < self.looks:
+            fail_with(errno.ENOENT)
+        if self.asked == self.looks:
+            fail_with(errno.ESTALE)
+        raw = self._read(path)
+        return raw[:-1] if self.asked == self.looks + 1 else raw
+
+
+def test_a_file_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rank-00001.index.json").write_bytes(b"index")
+    late = LateFileSystem(monkeypatch, looks=3)
+    assert files.read_when_visible(tmp_path / "rank-00001.index.json", 5) == b"index"
+    assert late.asked == 5
+
+
+def test_a_file_that_never_comes_is_damage_after_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "VISIBLE_WITHIN", 0.1)
+    with pytest.raises(CheckpointDamaged, match="every host must see what another has written"):
+        files.read_when_visible(tmp_path / "rank-00001.index.json", 5)
+
+
+def test_nothing_is_waited_for_in_a_directory_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointDamaged, match="cannot be read"):
+        files.read_when_visible(tmp_path / "step-000000005" / "rank-00001.index.json", 5)

@@ -81,7 +81,7 @@ def test_a_directory_of_another_step_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointDamaged, match="it says step 7, its directory says step-000000008") as error:
         read_manifest(placed(tmp_path, SMALL.to_bytes(), "step-000000008"))
     assert error.value.problems[0].remedy == "undo the rename"
-    for name in (names.staging_directory(7, 2), "a copy"):  # these names promise no step
+    for name in (names.replaced_directory("step-000000007"), "a copy"):  # these names promise no step
         assert read_manifest(placed(tmp_path, SMALL.to_bytes(), name)).step == 7
 
 

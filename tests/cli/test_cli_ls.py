@@ -47,7 +47,7 @@ def test_every_state_has_its_word(cli: Cli, run: Path) -> None:
         "step-000000010": "good",
         "step-000000020": "damaged",
         "step-000000030": "no manifest",
-        ".staging-step-000000040-attempt-1": "torn",
+        "attempts/000001/ground/step-000000040": "torn",
     }
     text = cli("ls", run).out
     assert text.splitlines()[0].split()[-2:] == ["state", "name"]

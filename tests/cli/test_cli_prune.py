@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from resume_kit.recovery.attempts import Token
 from tests.checkpoints import Recipe, commit, stage
 from tests.cli.conftest import Cli
 
@@ -81,13 +85,50 @@ def test_ignores_look_alikes_leftovers_and_what_lost_its_manifest(cli: Cli, long
     assert (long_run / "set-aside" / "step-000000020.attempt-1" / "manifest.json").is_file()
 
 
+def test_refuses_while_the_run_is_trained(cli: Cli, long_run: Path) -> None:
+    token = Token.take(long_run, world_size=1, run_id=None, take_over=False)
+    over = threading.Event()
+    thread = threading.Thread(target=lambda: [token.beat() for _ in iter(lambda: over.wait(0.05), True)])
+    thread.start()
+    try:
+        refused = cli("prune", long_run, "--keep-last", 2)
+        assert refused.code == 1 and "attempt 1 is training (process" in refused.err and "--force" in refused.err
+        assert entries(long_run) >= steps(10, 20, 30, 40, 50, 60)
+        assert cli("prune", long_run, "--keep-last", 2, "--dry-run", "--json").json["deleted"] == [10, 20, 30, 40]
+        assert cli("prune", long_run, "--keep-last", 4, "--force", "--json").json["deleted"] == [10, 20]
+    finally:
+        over.set()
+        thread.join()
+    token.ended("finished", step=60)
+    assert cli("prune", long_run, "--keep-last", 2, "--json").json["deleted"] == [30, 40]
+    assert entries(long_run) == steps(50, 60) | {"attempts"}
+
+
+def test_an_attempt_that_starts_ends_a_prune_that_is_under_way(
+    cli: Cli, long_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def act(old: Path, new: Path) -> None:
+        if Path(old).name == "step-000000020":
+            monkeypatch.setattr(os, "rename", rename)
+            Token.take(long_run, world_size=1, run_id=None, take_over=False)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", act)
+    result = cli("prune", long_run, "--keep-last", 2)
+    assert result.code == 1 and "an attempt of the run has begun meanwhile" in result.err
+    assert "deleted before that: 10" in result.err
+    assert entries(long_run) == steps(20, 30, 40, 50, 60) | {"attempts"}
+
+
 def test_a_failing_deletion_says_what_is_gone(cli: Cli, long_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = shutil.rmtree
 
-    def rmtree(path: Path) -> None:
+    def rmtree(path: Path, **options: Any) -> None:
         if "000000030" in Path(path).name:
             raise PermissionError(13, "Permission denied", str(path))
-        real(path)
+        real(path, **options)
 
     monkeypatch.setattr("resume_kit.checkpoint.files.shutil.rmtree", rmtree)
     result = cli("prune", long_run, "--keep-last", 2)

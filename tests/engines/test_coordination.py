@@ -14,6 +14,7 @@ import torch.distributed as dist
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.errors import (
     CheckpointDamaged,
+    Fenced,
     InconsistentState,
     Problem,
     RanksFailed,
@@ -265,6 +266,21 @@ def test_ranks_that_fail_differently_are_all_told(ranks: Ranks) -> None:
     assert error["class"] == "RanksFailed"
     assert [rank for rank, _ in error["failures"]] == [0, 1, 2, 3]
     assert "mixed in" in error["text"] and "b.bin: torn" in error["text"] and "without problems" in error["text"]
+
+
+def some_fenced(rank: int, _world_size: int) -> dict[str, Any]:
+    ranks = coordinator()
+
+    def local() -> None:
+        raise Fenced("superseded") if rank == 1 else SaveFailed("the directory is gone")
+
+    return caught(lambda: ranks.round("write", local, lambda v: v))
+
+
+def test_where_one_rank_sees_the_newer_attempt_all_are_fenced(ranks: Ranks) -> None:
+    """Else a shared file system that is late makes the others report a disk fault, and start again."""
+    error = seen_alike(ranks.run(some_fenced, 3))
+    assert error["class"] == "Fenced" and "superseded" in error["text"]
 
 
 def plain_error(rank: int, world_size: int, where: str) -> dict[str, Any]:

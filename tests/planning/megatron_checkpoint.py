@@ -26,7 +26,7 @@ ROUTER_BIAS = "decoder.layers.1.mlp.router.expert_bias"
 def commit(run: Path, geometry: Geometry, topology: MegatronTopology, *, step: int = 10, **pinned: Any) -> Path:
     """Save and commit a checkpoint of `step` in `run`; returns its directory."""
     recipe = Recipe(step, ranks=topology.world_size, weights={n: w.shape for n, w in geometry.weights.items()})
-    staging = run / names.staging_directory(step, 1)
+    staging = names.ground(run, 1) / names.step_directory(step)
     staging.mkdir(parents=True)
     indices: list[RankIndex] = []
     entries = []

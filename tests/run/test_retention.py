@@ -39,6 +39,25 @@ LOOK_ALIKES = [
 ]
 
 
+def old_torn(step: int, attempt: int) -> str:
+    """What versions without grounds left in the run directory."""
+    return f".staging-step-{step:09d}-attempt-{attempt}"
+
+
+def old_replaced(step: int, attempt: int) -> str:
+    return f".replaced-step-{step:09d}-attempt-{attempt}"
+
+
+def old_removed(name: str) -> str:
+    return f".removed-{name}"
+
+
+def ground(run: Path, attempt: int = 1) -> Path:
+    place = names.ground(run, attempt)
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
 def look_alikes(run: Path) -> dict[str, bytes]:
     for name in LOOK_ALIKES:
         (run / name).mkdir(parents=True)
@@ -109,16 +128,16 @@ def test_prune_deletes_what_is_expendable_whole_and_touches_no_other_name(run_di
         commit(run_dir, step)
     kept = {f"{names.step_directory(s)}/{k}": v for s in (2, 4, 5) for k, v in checkpoint(
         run_dir, names.step_directory(s)).items()}  # fmt: skip
-    assert prune(run_dir, Retention(keep_last=2, keep_every=2)) == [1, 3]
+    assert prune(run_dir, Retention(keep_last=2, keep_every=2), ground(run_dir)) == [1, 3]
     assert contents(run_dir) == {**others, **kept}
-    assert prune(run_dir, Retention(keep_last=2, keep_every=2)) == []
+    assert prune(run_dir, Retention(keep_last=2, keep_every=2), ground(run_dir)) == []
 
 
 def test_a_dry_run_deletes_nothing(run_dir: Path) -> None:
     for step in (1, 2, 3):
         commit(run_dir, step)
     before = contents(run_dir)
-    assert prune(run_dir, Retention(keep_last=2), dry_run=True) == [1]
+    assert prune(run_dir, Retention(keep_last=2), ground(run_dir), dry_run=True) == [1]
     assert contents(run_dir) == before
 
 
@@ -128,7 +147,7 @@ def test_the_last_good_one_stays_whatever_the_policy_says(good: int, run_dir: Pa
         commit(run_dir, step)
     for step in range(good + 1, 6):
         damage(run_dir, step)
-    doomed = prune(run_dir, Retention(keep_last=2))
+    doomed = prune(run_dir, Retention(keep_last=2), ground(run_dir))
     assert good not in doomed and doomed == [step for step in (1, 2, 3) if step != good]
     assert quick_problems(run_dir / names.step_directory(good)) == []
     assert names.committed_steps(run_dir) == [good, 4, 5]
@@ -139,7 +158,7 @@ def test_a_directory_without_a_manifest_neither_counts_nor_goes(run_dir: Path) -
         commit(run_dir, step)
     for step in (1, 4):
         (run_dir / names.step_directory(step) / names.MANIFEST).unlink()
-    assert prune(run_dir, Retention(keep_last=2)) == []
+    assert prune(run_dir, Retention(keep_last=2), ground(run_dir)) == []
     assert names.checkpoint_steps(run_dir) == [1, 2, 3, 4]
 
 
@@ -151,7 +170,7 @@ def test_prune_leaves_a_linked_checkpoint_and_its_target(run_dir: Path, tmp_path
     for step in (2, 3, 4):
         commit(run_dir, step)
     before = contents(tmp_path / "elsewhere")
-    assert prune(run_dir, Retention(keep_last=2)) == [2]
+    assert prune(run_dir, Retention(keep_last=2), ground(run_dir)) == [2]
     assert link.is_symlink() and contents(tmp_path / "elsewhere") == before
 
 
@@ -161,48 +180,48 @@ def test_prune_leaves_a_linked_checkpoint_and_its_target(run_dir: Path, tmp_path
 def test_a_replaced_checkpoint_comes_back_when_its_replacement_never_came(run_dir: Path) -> None:
     committed = commit(run_dir, 5)
     before = checkpoint(run_dir, committed.name)
-    replaced, torn = names.replaced_directory(5, 2), names.staging_directory(5, 2)
+    replaced, torn = old_replaced(5, 2), old_torn(5, 2)
     committed.rename(run_dir / replaced)
-    stage(run_dir, Recipe(5, attempt=2, seed=9))
+    stage(run_dir, Recipe(5, attempt=2, seed=9)).rename(run_dir / torn)
     assert names.committed_steps(run_dir) == []
-    assert settle_leftovers(run_dir) == sorted([replaced, torn])
-    assert [entry.name for entry in run_dir.iterdir()] == [committed.name]
+    assert settle_leftovers(run_dir, ground(run_dir)) == sorted([replaced, torn])
+    assert sorted(entry.name for entry in run_dir.iterdir()) == [names.ATTEMPTS, committed.name]
     assert checkpoint(run_dir, committed.name) == before and quick_problems(committed) == []
 
 
 def test_a_replaced_checkpoint_goes_once_its_replacement_stands(run_dir: Path) -> None:
     old = commit(run_dir, 5)
-    old.rename(run_dir / names.replaced_directory(5, 2))
+    old.rename(run_dir / old_replaced(5, 2))
     new = commit(run_dir, 5, attempt=2, seed=9)
     before = checkpoint(run_dir, new.name)
-    assert settle_leftovers(run_dir) == [names.replaced_directory(5, 2)]
+    assert settle_leftovers(run_dir, ground(run_dir)) == [old_replaced(5, 2)]
     assert contents(run_dir) == {f"{new.name}/{name}": raw for name, raw in before.items()}
 
 
 def test_torn_and_half_deleted_checkpoints_go_and_look_alikes_stay(run_dir: Path) -> None:
     others = look_alikes(run_dir)
     leftovers = sorted([
-        names.staging_directory(7, 1),
-        names.staging_directory(8, 123),
-        names.removed_directory(names.step_directory(3)),
-        names.removed_directory(names.staging_directory(7, 2)),
-        names.removed_directory(names.replaced_directory(7, 2)),
+        old_torn(7, 1),
+        old_torn(8, 123),
+        old_removed(names.step_directory(3)),
+        old_removed(old_torn(7, 2)),
+        old_removed(old_replaced(7, 2)),
     ])  # fmt: skip
     for name in leftovers:
         (run_dir / name / "below").mkdir(parents=True)
         (run_dir / name / names.data_file(0)).write_bytes(b"torn")
-    assert settle_leftovers(run_dir) == leftovers
+    assert settle_leftovers(run_dir, ground(run_dir)) == leftovers
     assert contents(run_dir) == others and not any((run_dir / name).exists() for name in leftovers)
-    assert settle_leftovers(run_dir) == []
+    assert settle_leftovers(run_dir, ground(run_dir)) == []
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        names.staging_directory(4, 1),
-        names.replaced_directory(4, 1),
-        names.replaced_directory(5, 1),
-        names.removed_directory(names.step_directory(4)),
+        old_torn(4, 1),
+        old_replaced(4, 1),
+        old_replaced(5, 1),
+        old_removed(names.step_directory(4)),
     ],
 )
 def test_a_link_that_is_named_like_a_leftover_is_left_alone(name: str, run_dir: Path, tmp_path: Path) -> None:
@@ -211,16 +230,21 @@ def test_a_link_that_is_named_like_a_leftover_is_left_alone(name: str, run_dir: 
     before = contents(target)
     (run_dir / name).symlink_to(target)
     here = contents(run_dir)
-    settle_leftovers(run_dir)
-    settle_leftovers(run_dir)
+    settle_leftovers(run_dir, ground(run_dir))
+    settle_leftovers(run_dir, ground(run_dir))
     assert contents(target) == before and contents(run_dir) == here
     # A link that was moved aside for its replacement comes back like any other; the target never moves.
-    comes_back = name == names.replaced_directory(4, 1)
+    comes_back = name == old_replaced(4, 1)
     assert (run_dir / (names.step_directory(4) if comes_back else name)).is_symlink()
     assert names.checkpoint_steps(run_dir) == ([4, 5] if comes_back else [5])
 
 
 # -- setting aside
+
+
+def set_aside_by(run: Path, *, after: int, attempt: int) -> list[int]:
+    ground(run, attempt)
+    return set_aside(run, after=after, attempt=attempt)
 
 
 def test_later_checkpoints_are_moved_whole_and_earlier_ones_stay(run_dir: Path) -> None:
@@ -229,7 +253,7 @@ def test_later_checkpoints_are_moved_whole_and_earlier_ones_stay(run_dir: Path) 
         commit(run_dir, step)
     (run_dir / names.step_directory(40) / names.MANIFEST).unlink()  # damaged ones go as well
     before = {step: checkpoint(run_dir, names.step_directory(step)) for step in (10, 20, 30, 40)}
-    assert set_aside(run_dir, after=20, attempt=3) == [30, 40]
+    assert set_aside_by(run_dir, after=20, attempt=3) == [30, 40]
     assert names.checkpoint_steps(run_dir) == [10, 20]
     places = {step: names.step_directory(step) for step in (10, 20)}
     places |= {step: f"set-aside/{names.step_directory(step)}.attempt-3" for step in (30, 40)}
@@ -240,7 +264,7 @@ def test_later_checkpoints_are_moved_whole_and_earlier_ones_stay(run_dir: Path) 
 def test_nothing_later_is_nothing_to_do(run_dir: Path) -> None:
     commit(run_dir, 10)
     before = contents(run_dir)
-    assert set_aside(run_dir, after=10, attempt=1) == []
+    assert set_aside_by(run_dir, after=10, attempt=1) == []
     assert contents(run_dir) == before and not (run_dir / names.SET_ASIDE).exists()
 
 
@@ -249,7 +273,7 @@ def test_the_same_step_can_be_set_aside_by_many_attempts(run_dir: Path) -> None:
     for attempt in (1, 2, 3):
         commit(run_dir, 30, attempt=attempt, seed=attempt)
         saved.append(checkpoint(run_dir, names.step_directory(30)))
-        set_aside(run_dir, after=0, attempt=attempt)
+        set_aside_by(run_dir, after=0, attempt=attempt)
     places = [run_dir / names.SET_ASIDE / f"step-000000030.attempt-{attempt}" for attempt in (1, 2, 3)]
     assert [contents(place) for place in places] == saved
 
@@ -260,7 +284,7 @@ def test_setting_aside_never_overwrites_what_is_there(run_dir: Path) -> None:
     for seed in (1, 2, 3):
         commit(run_dir, 30, seed=seed)
         saved.append(checkpoint(run_dir, names.step_directory(30)))
-        assert set_aside(run_dir, after=0, attempt=1) == [30]
+        assert set_aside_by(run_dir, after=0, attempt=1) == [30]
     places = [run_dir / names.SET_ASIDE / f"step-000000030.attempt-1{end}" for end in ("", ".2", ".3")]
     assert [contents(place) for place in places] == saved
 
@@ -268,8 +292,8 @@ def test_setting_aside_never_overwrites_what_is_there(run_dir: Path) -> None:
 def test_what_was_set_aside_is_neither_elected_nor_pruned(run_dir: Path) -> None:
     for step in (1, 2, 3, 4, 5):
         commit(run_dir, step)
-    set_aside(run_dir, after=3, attempt=1)
+    set_aside_by(run_dir, after=3, attempt=1)
     aside = contents(run_dir / names.SET_ASIDE)
-    assert prune(run_dir, Retention(keep_last=2)) == [1]
-    assert settle_leftovers(run_dir) == []
+    assert prune(run_dir, Retention(keep_last=2), ground(run_dir)) == [1]
+    assert settle_leftovers(run_dir, ground(run_dir)) == []
     assert contents(run_dir / names.SET_ASIDE) == aside and names.committed_steps(run_dir) == [2, 3]

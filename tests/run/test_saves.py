@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from resume_kit.errors import SaveFailed
+from resume_kit.checkpoint import names
+from resume_kit.errors import Fenced, SaveFailed
 from resume_kit.run import saves as module
 from resume_kit.run.saves import Saves
 from resume_kit.saving.options import Saving
@@ -56,7 +57,9 @@ class Saver:
 class Journaled:
     """An attempt that keeps what it is told; its disk is full for `full` events."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: Path) -> None:
+        self.ground = names.ground(run, 1)
+        self.ground.mkdir(parents=True, exist_ok=True)
         self.events: list[str] = []
         self.full: set[str] = set()
         self.failure: SaveFailed | None = None
@@ -76,15 +79,15 @@ class Journaled:
 class Given:
     """`Saves` with everything that it talks to."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, rank: int = 0, **options: Any) -> None:
-        self.saver, self.attempt, self.shown = Saver(), Journaled(), list[str]()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, run: Path, rank: int = 0, **options: Any) -> None:
+        self.saver, self.attempt, self.shown = Saver(), Journaled(run), list[str]()
         monkeypatch.setattr(module, "Saver", lambda *_, **__: self.saver)
         nothing: Any = None
         coordinator: Any = SimpleNamespace(rank=rank)
         attempt: Any = self.attempt
         build: Any = lambda with_gate: with_gate  # noqa: E731
         self.saves = Saves(
-            Path("run"),
+            run,
             nothing,
             coordinator,
             nothing,
@@ -97,8 +100,8 @@ class Given:
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Given]:
-    return lambda **options: Given(monkeypatch, **options)
+def given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Given]:
+    return lambda **options: Given(monkeypatch, tmp_path, **options)
 
 
 # -- the gate
@@ -220,6 +223,15 @@ def test_a_retention_that_fails_does_not_fail_the_save(
     published(run)
     assert run.attempt.events == ["commit"]
     assert run.shown == ["warning: old checkpoints could not be deleted: [Errno 13] Permission denied"]
+
+
+def test_an_attempt_that_was_superseded_prunes_nothing_and_says_so(
+    given: Callable[..., Given], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = given()
+    monkeypatch.setattr(module, "prune", lambda *_: run.attempt.ground.rmdir() or (run.attempt.ground / "x").mkdir())
+    with pytest.raises(Fenced):
+        published(run)
 
 
 def test_a_commit_that_cannot_be_journaled_prunes_nothing(

@@ -72,8 +72,9 @@ def adapter(**changes: Any) -> Any:
 
 def request(*buffers: TensorSpec, partial: bool = False, state: Any = None) -> SaveRequest:
     known: Any = SimpleNamespace(buffers=buffers, partial=partial)
-    fields: Any = {"directory": None, "run_id": "", "attempt": 1, "step": 1, "data": {}, "pinned": {}, "gate": None}
-    return SaveRequest(**fields, description=known, state=state or {}, updates=1)
+    fields: Any = {"run_id": "", "attempt": 1, "step": 1, "data": {}, "pinned": {}, "gate": None}
+    places: Any = {"directory": None, "ground": None}
+    return SaveRequest(**places, **fields, description=known, state=state or {}, updates=1)
 
 
 KNOWN = replica("buffer", torch.ones(2)).spec
