@@ -14,19 +14,29 @@ import yaml
 
 from resume_kit.errors import Problem, UsageError
 from resume_kit.policy.policy import Policy
+from resume_kit.run.retention import Retention
+from resume_kit.run.schedule import Every
 from resume_kit.saving.options import Saving
 
 
 @dataclass
 class RunConfig:
-    """Where the run lives and how long it goes. Nothing here changes a trained number."""
+    """Where the run lives, how long it goes, what ends it; see `resume_kit.ResumeKit`. Changes no trained number.
+
+    save_every: steps, or a time like "15m", or "auto".
+    """
 
     dir: str = "runs/zero3"
     steps: int = 100
-    save_every: int = 20
+    save_every: int | str = 20
+    mtbf_hours: float | None = None
     keep_last: int = 3
     keep_every: int | None = None
     timeout: float = 600.0
+    hang_after: float | None = 1800.0
+    deadline: float | None = None
+    give_up_after: int = 3
+    take_over: bool = False
     resume_at: int | None = None
     deterministic: bool = True
 
@@ -57,16 +67,67 @@ class SharedConfig:
 
     def problems(self) -> list[Problem]:
         """All values that cannot be meant."""
-        return at_least(1, {"run.steps": self.run.steps, "micro_batch_size": self.micro_batch_size})
+        run = self.run
+        smallest = {"run.steps": run.steps, "run.give_up_after": run.give_up_after}
+        found = at_least(1, {**smallest, "micro_batch_size": self.micro_batch_size})
+        try:
+            Every.parse(run.save_every)
+        except UsageError as error:
+            found.append(Problem("configuration", "", f"run.{error.headline}"))
+        return found
+
+    def for_the_kit(self) -> dict[str, Any]:
+        """What the kit is given beside engine, data and policy."""
+        run = self.run
+        return {
+            "run_dir": run.dir,
+            "save_every": run.save_every,
+            "mtbf_hours": run.mtbf_hours,
+            "saving": self.saving,
+            "retention": Retention(keep_last=run.keep_last, keep_every=run.keep_every),
+            "config": self.pinned(),
+            "timeout": run.timeout,
+            "hang_after": run.hang_after,
+            "deadline": run.deadline,
+            "give_up_after": run.give_up_after,
+            "take_over": run.take_over,
+        }
+
+    def pinned(self) -> dict[str, Any]:
+        """What a checkpoint pins: all that shapes training."""
+        raise NotImplementedError
 
 
 @dataclass
 class TrainConfig(SharedConfig):
-    """`model` and `deepspeed` go to transformers and DeepSpeed as they are."""
+    """`model` and `deepspeed` go to transformers and DeepSpeed as they are.
+
+    global_batch_size: samples an optimizer step over all ranks; where it is given the accumulation follows from it and
+    from the ranks there are, so that a job that comes back on fewer nodes trains the same.
+    """
 
     gradient_accumulation_steps: int = 1
+    global_batch_size: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
     deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def problems(self) -> list[Problem]:
+        sizes = {
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "global_batch_size": self.global_batch_size,
+        }
+        return [*super().problems(), *at_least(1, sizes)]
+
+    def accumulate_over(self, ranks: int) -> None:
+        """Set the accumulation so that so many ranks take the global batch, if one is given. Raises `UsageError`."""
+        if self.global_batch_size is None:
+            return
+        at_once = self.micro_batch_size * ranks
+        if self.global_batch_size % at_once:
+            what = f"{self.global_batch_size} samples are no multiple of {self.micro_batch_size} on {ranks} ranks"
+            remedy = "choose micro_batch_size so that all numbers of ranks that may come divide it"
+            raise UsageError("the global batch does not fit", [Problem("global_batch_size", "", what, remedy)])
+        self.gradient_accumulation_steps = self.global_batch_size // at_once
 
     def pinned(self) -> dict[str, Any]:
         """What a checkpoint pins: all that shapes training. Where the data lies does not; its content does."""

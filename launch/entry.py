@@ -8,20 +8,26 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from resume_kit.errors import ResumeKitError, UsageError
+from resume_kit.errors import ResumeKitError
+from resume_kit.recovery.exits import exit_code
+from resume_kit.run import last_words
 
 Config = TypeVar("Config")
 
 
 def run(parse: Callable[[], Config], prepare: Callable[[Config], None], train: Callable[[Config], None]) -> int:
-    """Train to the configured step. Exit code 0: done; 1: refused, damaged or failed; 2: wrong usage."""
+    """Train to the configured step; the exit code, see `resume_kit.recovery.exits`.
+
+    A run that is to stop early leaves through here with `Preempted`, a SystemExit.
+    """
     try:
         config = parse()
         prepare(config)
         train(config)
     except ResumeKitError as error:
+        last_words.record(error)
         report_error(error)
-        return 2 if isinstance(error, UsageError) else 1
+        return exit_code(error)
     return 0
 
 

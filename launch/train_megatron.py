@@ -46,7 +46,7 @@ def train(config: MegatronConfig) -> None:
     import torch.distributed as dist
 
     from launch.megatron_training import build
-    from resume_kit import Policy, ResumeKit, Retention
+    from resume_kit import Policy, ResumeKit
     from resume_kit.engines.megatron import MegatronEngine
 
     training = build(config)
@@ -54,17 +54,7 @@ def train(config: MegatronConfig) -> None:
     if rank == 0:
         print(training.describe(), flush=True)
     engine = MegatronEngine(training.chunks, training.optimizer, training.scheduler)
-    kit = ResumeKit(
-        engine,
-        training.loader,
-        Policy.from_mapping(config.policy),
-        run_dir=config.run.dir,
-        save_every=config.run.save_every,
-        saving=config.saving,
-        retention=Retention(keep_last=config.run.keep_last, keep_every=config.run.keep_every),
-        config=config.pinned(),
-        timeout=config.run.timeout,
-    )
+    kit = ResumeKit(engine, training.loader, Policy.from_mapping(config.policy), **config.for_the_kit())
     step = kit.resume(at=config.run.resume_at)
 
     batches = iter(training.loader)

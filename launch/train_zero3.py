@@ -18,6 +18,7 @@ if __package__ in (None, ""):
 
 from launch.config import TrainConfig, parse_arguments
 from launch.entry import run, seed_everything, step_line
+from launch.slurm import adopt_slurm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prepare_environment(config: TrainConfig) -> None:
     """What must be set before torch and DeepSpeed are imported."""
+    adopt_slurm(os.environ)
     if not uses_cuda():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     elif config.run.deterministic:
@@ -59,6 +61,7 @@ def build(config: TrainConfig) -> tuple[Any, Any]:
     torch.use_deterministic_algorithms(config.run.deterministic and cuda)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    config.accumulate_over(world_size)
 
     dataset = TokenDataset.from_path(
         config.data.path or standard_library_path(),
@@ -84,21 +87,11 @@ def train(config: TrainConfig) -> None:
     """Build engine and data, resume, and train to the end."""
     import torch.distributed as dist
 
-    from resume_kit import Policy, ResumeKit, Retention
+    from resume_kit import Policy, ResumeKit
 
     engine, loader = build(config)
     rank = dist.get_rank()
-    kit = ResumeKit(
-        engine,
-        loader,
-        Policy.from_mapping(config.policy),
-        run_dir=config.run.dir,
-        save_every=config.run.save_every,
-        saving=config.saving,
-        retention=Retention(keep_last=config.run.keep_last, keep_every=config.run.keep_every),
-        config=config.pinned(),
-        timeout=config.run.timeout,
-    )
+    kit = ResumeKit(engine, loader, Policy.from_mapping(config.policy), **config.for_the_kit())
     step = kit.resume(at=config.run.resume_at)
 
     tokens_per_sample = config.data.sequence_length

@@ -6,11 +6,15 @@ import os
 import platform
 import re
 import socket
+import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from resume_kit.errors import UsageError
+
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "numpy", "torchdata")
+_IMPORTED = time.time()
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -45,6 +49,48 @@ def local_rank() -> int:
 def local_world_size() -> int:
     """Ranks on this host, as every launcher sets it; 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process: it takes every exit code but 0 for a failure."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def deadline() -> float | None:
+    """When this process is going to be ended, in Unix seconds: RESUME_KIT_DEADLINE, else the end of the SLURM job.
+
+    None where neither tells. Raises `UsageError` for a RESUME_KIT_DEADLINE that is no number.
+    """
+    given = os.environ.get("RESUME_KIT_DEADLINE")
+    try:
+        return float(given or os.environ["SLURM_JOB_END_TIME"])
+    except KeyError:
+        return None
+    except ValueError as error:
+        if given:
+            raise UsageError(f"RESUME_KIT_DEADLINE is {given!r}; give Unix seconds, as date +%s prints them") from error
+        return None
+
+
+def process_started() -> float:
+    """When this process was started, in Unix seconds: before its interpreter, and before its imports."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        since_boot = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return _IMPORTED
+    return time.time() - since_boot + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def slurm_job() -> tuple[str | None, int]:
+    """The SLURM job that this process belongs to (None outside SLURM), and how often it was requeued."""
+    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def elastic_run() -> tuple[str | None, int]:
+    """torchrun's id of this run (None where it was given none), and how often it has restarted the ranks."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if run == "none" else run, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def cores_per_rank() -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
-from resume_kit.environment import _free_in_cgroups, available_memory
+from resume_kit.environment import _free_in_cgroups, available_memory, process_started
 
 
 def _group(folder: Path, limit: str, used: int, cache: int) -> None:
@@ -32,3 +33,8 @@ def test_without_cgroups_there_is_no_limit(tmp_path: Path) -> None:
 
 def test_this_host_tells() -> None:
     assert (available_memory() or 0) > 1 << 20
+
+
+def test_this_process_was_started_before_now_and_after_boot() -> None:
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    assert time.time() - uptime < process_started() < time.time()

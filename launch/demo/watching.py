@@ -12,7 +12,7 @@ from typing import Protocol
 from launch.demo.judging import Event, Kill
 from launch.demo.processes import Launched
 from launch.demo.screen import Screen
-from resume_kit.checkpoint.names import JOURNAL, MANIFEST, staging_directory, step_directory
+from resume_kit.checkpoint.names import JOURNAL, MANIFEST, ground, step_directory
 from resume_kit.run.journal import read_journal
 
 STALL_SECONDS = 900.0
@@ -79,7 +79,7 @@ class SaveTrap:
         self.missed = [e["step"] for e in events if e["event"] == "commit" and e["step"] >= self._first]
         if not events or events[-1]["event"] != "save" or events[-1]["step"] < self._first:
             return False
-        staging = self._run / staging_directory(events[-1]["step"], events[-1]["attempt"])
+        staging = ground(self._run, events[-1]["attempt"]) / step_directory(events[-1]["step"])
         if not _has_files(staging):
             return False
         begun = time.monotonic()
@@ -126,7 +126,7 @@ def _kill(launched: Launched, tail: Tail) -> Kill:
     last_step = next((event["step"] for event in reversed(events) if event["event"] == "step"), 0)
     seconds_in = max(instant - float(last["time"]), 0.0)
     if last["event"] == "save":
-        staging = tail.run / staging_directory(last["step"], attempt)
+        staging = ground(tail.run, attempt) / step_directory(last["step"])
         committed = (tail.run / step_directory(last["step"]) / MANIFEST).is_file()
         if staging.is_dir() and not committed:
             torn = tuple((path.name, path.stat().st_size) for path in sorted(staging.iterdir()))

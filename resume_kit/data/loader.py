@@ -21,6 +21,7 @@ from resume_kit.data.delivery import (
     worker_generator,
 )
 from resume_kit.data.permutation import ShuffledOrder
+from resume_kit.data.workers import leave_signals_to_the_rank
 from resume_kit.errors import ResumeRefused, UsageError
 
 Batch = dict[str, Any]
@@ -129,6 +130,7 @@ class ResumableLoader:
             collate_fn=keep_batch,
             num_workers=self.num_workers,
             prefetch_factor=self._prefetch_factor,
+            worker_init_fn=leave_signals_to_the_rank,
             generator=worker_generator(self.order.seed, self._position),
         )
         self._source = iter(loader)

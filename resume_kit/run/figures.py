@@ -12,6 +12,7 @@ from resume_kit.engines.adapter import EngineAdapter
 from resume_kit.errors import InconsistentState, Problem, ResumeRefused, SaveFailed, UsageError
 from resume_kit.run.attempt import Attempt
 from resume_kit.run.protocols import ResumableData
+from resume_kit.run.stopping import Agreed, Stop, Wish, agree
 from resume_kit.saving.saver import SaveState
 
 
@@ -32,15 +33,15 @@ class Steps:
         if loss is not None:
             self._losses.append(torch.as_tensor(loss).detach().to(torch.float64))
 
-    def record(self, lr_factor: float, saved: SaveState) -> tuple[dict[str, Any], SaveState]:
-        """The record of the step just taken, and `saved` taken over all ranks. Collective, see `step_figures`.
+    def record(self, lr_factor: float, saved: SaveState, wish: Wish) -> tuple[dict[str, Any], StepFigures]:
+        """The record of the step just taken, and what the ranks told each other. Collective, see `step_figures`.
 
         Raises `UsageError` for a step that the kit was not told of, `ResumeRefused` for data that is not the kit's.
         """
         adapter, start, size = self._adapter, self._position, self._data.global_batch_size
-        self._position = self._data.position
-        figures = step_figures(self._losses, adapter, self._position, self._attempt, saved=saved)
-        taken, self._counted = adapter.step - self._counted, adapter.step
+        taken = adapter.step - self._counted
+        self._position, self._counted = self._data.position, adapter.step  # whatever the exchange raises
+        figures = step_figures(self._losses, adapter, self._position, self._attempt, saved=saved, wish=wish)
         if taken != 1:
             what = f"since the last step() the engine has counted {taken} optimizer steps"
             remedy = "call step() once after every optimizer step; with Megatron call engine.stepped() before it"
@@ -58,42 +59,49 @@ class Steps:
             "samples": self._position,
             "batch": self._data.batch_digest(start),
         }
-        return record, figures.saved
+        return record, figures
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """A step over all ranks. `saved`: DONE where the pending save is on every rank, FAILED where it has on one."""
+    """A step over all ranks. `saved`: DONE where the pending save is on every rank, FAILED where it has on one.
+
+    agreed: what all ranks do once the step is journaled.
+    """
 
     loss: float
     saved: SaveState
+    agreed: Agreed
 
 
 def step_figures(
-    losses: list[torch.Tensor], adapter: EngineAdapter, position: int, attempt: Attempt, *, saved: SaveState
+    losses: list[torch.Tensor], adapter: EngineAdapter, position: int, attempt: Attempt, *, saved: SaveState, wish: Wish
 ) -> StepFigures:
     """Mean of a step's losses over micro-batches, then over the ranks that report one, in rank order. Collective.
 
-    In double precision; empties `losses`. `saved`: how this rank's part of the pending save stands.
+    In double precision; empties `losses`. `saved`: how this rank's part of the pending save stands; `wish`: whether
+    this rank would stop, or save.
 
     The step and data position travel along: ranks that disagree on either raise `InconsistentState` at once.
-    So does word of a journal that could not be written, which all ranks raise as `SaveFailed`.
+    So does word of a journal that could not be written, which all ranks raise as `SaveFailed`; but not where a newer
+    attempt is the reason, which is agreed on.
     """
     counts = float(adapter.reports_loss and bool(losses))
     nothing = torch.zeros((), dtype=torch.float64, device=adapter.device)
     loss = torch.stack([loss.to(adapter.device) for loss in losses] or [nothing]).mean()
     losses.clear()
     if not dist.is_initialized():
-        if failure := attempt.take_failure():
+        if wish.stop is not Stop.SUPERSEDED and (failure := attempt.take_failure()):
             raise failure
-        return StepFigures(float(loss), saved)
+        return StepFigures(float(loss), saved, agree([wish]))
     failed = float(attempt.failure is not None)
-    figures = (adapter.step, position, failed, counts, float(saved))
+    figures = (adapter.step, position, failed, counts, float(saved), float(wish.stop), wish.age, float(wish.save))
     mine = torch.stack([loss, *(loss.new_tensor(value) for value in figures)])
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
-    values, steps, positions, failures, counted, states = torch.stack(every).T.tolist()
-    if any(failures):
+    values, steps, positions, failures, counted, states, *wishes = torch.stack(every).T.tolist()
+    agreed = agree([Wish(Stop(int(stop)), age, bool(save)) for stop, age, save in zip(*wishes, strict=True)])
+    if any(failures) and agreed.stop is not Stop.SUPERSEDED:
         raise attempt.take_failure() or SaveFailed("rank 0 cannot write the journal; see its error")
     for what, found in (("step", steps), ("data position", positions)):
         odd = [rank for rank, value in enumerate(found) if value != found[0]]
@@ -104,7 +112,7 @@ def step_figures(
     kept = [value for value, counts_ in zip(values, counted, strict=True) if counts_]
     if not kept:
         raise UsageError("no rank told the step's loss; give it to step() on the ranks of the last stage")
-    return StepFigures(float(torch.tensor(kept, dtype=torch.float64).mean()), _together(states))
+    return StepFigures(float(torch.tensor(kept, dtype=torch.float64).mean()), _together(states), agreed)
 
 
 def _together(states: list[float]) -> SaveState:

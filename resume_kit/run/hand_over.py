@@ -1,16 +1,74 @@
-"""What is not the engine's comes back last: the data position and the user's own state."""
+"""What is not the engine's comes back last: data position and the user's state; then training goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from resume_kit.checkpoint import canonical
 from resume_kit.checkpoint.manifest import Manifest
-from resume_kit.errors import Problem, ResumeRefused
+from resume_kit.engines.coordination import Coordinator
+from resume_kit.errors import Problem, ResumeKitError, ResumeRefused
 from resume_kit.policy.judgement import Judgement
 from resume_kit.policy.policy import Policy
+from resume_kit.resuming.report import Report
+from resume_kit.resuming.resume import Resumption
+from resume_kit.resuming.streams import overwritten
+from resume_kit.run.contents import Contents
 from resume_kit.run.protocols import ResumableData, Stateful
+from resume_kit.run.retention import set_aside
+
+
+@dataclass(eq=False)
+class HandOver:
+    """Leads from a proved checkpoint to its next step. `unchecked`: the first batch has not been asked for yet."""
+
+    contents: Contents
+    coordinator: Coordinator
+    unchecked: bool = False
+
+    def go_on_from(self, resumption: Resumption, report: Report, seconds: Mapping[str, float]) -> None:
+        """Journal the resume; `seconds` by phase, besides the report's. The RNG is looked at once more at the first
+        batch. Collective.
+        """
+        contents, attempt, manifest = self.contents, self.contents.attempt, resumption.manifest
+        contents.kept.restore(resumption.state, manifest.step)
+        contents.carried = resumption.carried
+        aside = self.coordinator.on_rank_zero(
+            "set aside", lambda: set_aside(attempt.run, after=manifest.step, attempt=attempt.number)
+        )
+        if aside:
+            steps = ", ".join(map(str, aside))
+            report.warned("hand-over", "set aside", f"later checkpoints of steps {steps} moved to set-aside/")
+        attempt.resumed(
+            report,
+            {
+                **contents.facts.journaled(),
+                "step": manifest.step,
+                "target_step": manifest.step + 1,
+                "lineage": contents.lineage.to_plain(),
+                "seconds": {**seconds, **report.seconds},
+            },
+        )
+        contents.data.before_first_fetch = lambda: self._check_rng(resumption, report)
+        self.unchecked = True
+
+    def _check_rng(self, resumption: Resumption, report: Report) -> None:
+        """At the first batch: nobody has touched a generator since it was restored."""
+
+        def local() -> None:
+            problems = overwritten(self.contents.adapter, resumption.rng_digests, self.coordinator.rank)
+            if problems:
+                raise ResumeRefused("the restored RNG was overwritten", problems)
+
+        self.unchecked = False
+        self.contents.data.before_first_fetch = None
+        try:
+            self.coordinator.round("first batch", local, lambda _: None)
+        except ResumeKitError as error:
+            self.contents.attempt.refuse(error, report)
+            raise
 
 
 def restore_data_and_user_state(

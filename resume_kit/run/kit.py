@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,29 +16,31 @@ from resume_kit.checkpoint.manifest import Manifest
 from resume_kit.engines.adapter import Forward, GateResult
 from resume_kit.engines.choose import adapter_for
 from resume_kit.engines.coordination import Coordinator
-from resume_kit.engines.description import from_plain, to_plain, united
 from resume_kit.engines.forward import to_device
-from resume_kit.environment import software_versions
-from resume_kit.errors import Problem, ResumeKitError, ResumeRefused, UsageError
+from resume_kit.environment import process_started, software_versions
+from resume_kit.errors import Problem, ResumeKitError, UsageError
 from resume_kit.policy.judgement import Judgement
 from resume_kit.policy.policy import Policy
+from resume_kit.recovery.rules import require_hope
 from resume_kit.resuming.audit import Lineage, ReplayAudit, recorded_steps
 from resume_kit.resuming.gating import choose_tolerance
-from resume_kit.resuming.preflight import LiveRun
 from resume_kit.resuming.report import Report
 from resume_kit.resuming.restored import applied
-from resume_kit.resuming.resume import Resumer, Resumption
-from resume_kit.resuming.streams import Carried, overwritten
-from resume_kit.run.agreement import gate_record, one_run, require_finite
+from resume_kit.resuming.resume import Resumer
+from resume_kit.run.agreement import one_run
 from resume_kit.run.attempt import Attempt
+from resume_kit.run.boundary import Boundary
+from resume_kit.run.contents import Contents, states_of
+from resume_kit.run.facts import Facts
 from resume_kit.run.figures import Steps
-from resume_kit.run.hand_over import restore_data_and_user_state
+from resume_kit.run.guards import Guards
+from resume_kit.run.hand_over import HandOver, restore_data_and_user_state
 from resume_kit.run.journal import last_commit, number, read_journal, unreadable_lines
-from resume_kit.run.kept import KeptState
 from resume_kit.run.protocols import ResumableData, Stateful
-from resume_kit.run.retention import Retention, set_aside
+from resume_kit.run.retention import Retention
 from resume_kit.run.saves import Saves
-from resume_kit.saving.capture import SaveRequest
+from resume_kit.run.schedule import Every
+from resume_kit.run.stopping import Deadline
 from resume_kit.saving.options import Returns, Saving
 from resume_kit.saving.save import Commit
 
@@ -49,7 +52,9 @@ class ResumeKit:
     data: the `ResumableLoader` that feeds the training loop.
     policy: what may differ on resume; the default is strict.
     run_dir: a directory that all ranks share.
-    save_every: optimizer steps between saves; None leaves saving to `save()`.
+    save_every: optimizer steps between saves; or a time between them, "90s", "15m", "2h"; or "auto", as often as the
+        measured cost of a save and the failures to expect call for. None leaves saving to `save()`.
+    mtbf_hours: hours between failures of this job, for "auto"; None judges by the run's own record.
     saving: how saves go; by default they overlap training.
     forward: `forward(module, batch) -> loss` for the gate; the default suits transformers models with DeepSpeed and
         GPT models with Megatron, where stages before the last return their hidden state.
@@ -57,9 +62,18 @@ class ResumeKit:
     state: further objects with state_dict/load_state_dict of plain values, alike on all ranks. They come back as
         plain Python values with sorted keys.
     timeout: bound in seconds of every wait for another rank.
+    hang_after: seconds without progress after which a rank ends itself, with its stacks; None never does.
+    deadline: Unix seconds by which this process will be ended: the run is saved and stops before. None takes
+        RESUME_KIT_DEADLINE or the end of the SLURM job from the environment; `math.inf` stops for neither.
+    give_up_after: so many attempts that failed at the same step are followed by no other.
+    take_over: take the run directory from an attempt that seems alive.
     show: called on rank 0 with the text of each report.
 
-    Raises `UsageError` for an engine, directory or configuration that cannot be used.
+    SIGTERM, SIGUSR1, SIGUSR2, `resume-kit stop` and the deadline make all ranks save at the end of the step and raise
+    `Preempted`, a SystemExit. Without a `close()` the signals stay with the kit.
+
+    Raises `UsageError` for an engine, directory or configuration that cannot be used, `RunTaken` where another attempt
+    holds the run directory, `GivenUp` where another start is pointless.
     """
 
     GATE_SAMPLES = 1
@@ -71,66 +85,87 @@ class ResumeKit:
         policy: Policy | None = None,
         *,
         run_dir: str | Path,
-        save_every: int | None = None,
+        save_every: int | str | None = None,
+        mtbf_hours: float | None = None,
         saving: Saving | None = None,
         retention: Retention | None = None,
         forward: Forward | None = None,
         config: Mapping[str, Any] | None = None,
         state: Mapping[str, Stateful] | None = None,
         timeout: float = 600.0,
+        hang_after: float | None = None,
+        deadline: float | None = None,
+        give_up_after: int = 3,
+        take_over: bool = False,
         show: Callable[[str], None] = print,
     ) -> None:
-        if save_every is not None and save_every < 1:
-            raise UsageError(f"save_every is {save_every}; give a number of steps, or leave it out")
+        began, every, ends = time.time(), Every.parse(save_every), Deadline.of(deadline)
         self.policy = policy or Policy()
         self.report: Report | None = None
         self._adapter = adapter_for(engine)
         self._coordinator = Coordinator.of_default_group(timeout=timeout)
         self._data = data
-        self._save_every = save_every
         self._saving = saving or Saving()
         self._forward = forward or self._adapter.default_forward
         self._user_state = dict(state or {})
         self._show = show
-        self._description = self._adapter.describe()
-        if self._description.partial:
-            part = to_plain(self._description)
-            self._description = from_plain(self._coordinator.round("describe the model", lambda: part, united))
-        self._versions = software_versions()
-        self._pinned = {
-            **self._description.pinned,
-            "config": canonical.decode(canonical.encode(dict(config or {}), "config")),
-            "groups": [dict(group) for group in self._description.groups],
-            "versions": self._versions,
+        self._facts = Facts.gather(self._adapter, self._coordinator, data, config or {}, software_versions())
+        given = {
+            "policy": self.policy.to_mapping(),
+            "save_every": save_every,
+            "saving": asdict(self._saving),
+            "run_dir": str(run_dir),
         }
-        self._fingerprint = data.fingerprint()
-        self._coordinator.round("same run on every rank", lambda: self._identity(str(run_dir)), one_run)
-        self._attempt = Attempt(Path(run_dir), self._coordinator)
+        self._coordinator.round(
+            "same run on every rank",
+            lambda: self._facts.digests({**given, "state=": states_of(self._user_state)}),
+            one_run,
+        )
+        self._coordinator.on_rank_zero("earlier attempts", lambda: require_hope(Path(run_dir), give_up_after))
+        self._attempt = Attempt(Path(run_dir), self._coordinator, take_over=take_over)
+        self._guards = Guards(self._attempt, self._coordinator.rank, hang_after)
         self._attempt.start(
             {
-                **self._what_runs(),
-                "topology": self._adapter.topology,
-                "config": canonical.encode(self._pinned["config"], "config"),
+                **self._facts.journaled(),
+                "topology": self._facts.topology,
+                "config": canonical.encode(self._facts.pinned["config"], "config"),
+                "process_started": process_started(),
             }
         )
         self._audit: ReplayAudit | None = None
-        self._unchecked_rng = False
-        self._carried: tuple[Carried, ...] = ()
-        self._lineage = Lineage()
+        self._contents = Contents(
+            self._attempt,
+            self._adapter,
+            data,
+            self._facts,
+            self._user_state,
+            self._run_gate if self.policy.gate else None,
+        )
+        self._hand_over = HandOver(self._contents, self._coordinator)
         self._steps = Steps(self._adapter, data, self._attempt)
-        self._kept = KeptState()
-        self._adapter.before_update(self._kept.scale_rates)
+        self._adapter.before_update(self._contents.kept.scale_rates)
         self._saves = Saves(
             self.run_dir,
             self._adapter,
             self._coordinator,
-            self._description,
+            self._facts.description,
             self._saving,
             attempt=self._attempt,
             retention=retention or Retention(),
-            build=self._request,
+            build=self._contents.request,
             show=show,
         )
+        self._boundary = Boundary(
+            self._attempt,
+            self._coordinator,
+            self._saves,
+            self._guards,
+            every=every,
+            deadline=ends,
+            mtbf_hours=mtbf_hours,
+            show=show,
+        )
+        self._seconds = {"before_kit": began - process_started(), "opening": time.time() - began}
 
     @property
     def run_dir(self) -> Path:
@@ -155,24 +190,33 @@ class ResumeKit:
         """Bring the run back and prove it; return the number of optimizer steps already taken (0 for a new run).
 
         `at` names the step of the checkpoint to take instead of the newest good one. Collective.
-        Raises `ResumeRefused` or `CheckpointDamaged`, alike on all ranks, when training must not go on.
+        Raises `ResumeRefused` or `CheckpointDamaged`, alike on all ranks, when training must not go on, and
+        `Preempted` when a stop was asked for meanwhile.
         """
+        report = Report(run=str(self.run_dir), attempt=self.attempt)
+        self._guards.watchdog.arm()
+        with self._waiting("in resume()", sign=lambda: len(report.checks)):
+            step = self._resume(report, at)
+            self._boundary.begin(step)
+        return step
+
+    def _resume(self, report: Report, at: int | None) -> int:
+        began = time.time()
         self._saves.wait()
         self._saves.forget()
         self._audit = None  # no step() before this has come to a good end
-        report = Report(run=str(self.run_dir), attempt=self.attempt)
         self.report = report
         resumer = Resumer(
             self.run_dir,
             adapter=self._adapter,
             coordinator=self._coordinator,
             policy=self.policy,
-            live=LiveRun(self._description, self._pinned, self._versions, self._data_now(), self._adapter.topology),
+            live=self._facts.live(),
             report=report,
-            gate=self._run_gate if self.policy.gate else None,
+            gate=self._contents.gate,
             restore_run=self._restore_run,
             data_position=lambda: self._data.position,
-            seed=int(self._fingerprint.get("seed", 0)),
+            seed=int(self._facts.fingerprint.get("seed", 0)),
             at=at,
         )
         try:
@@ -191,11 +235,11 @@ class ResumeKit:
         judgement = resumption.judgement if resumption else None
         tolerance, _ = choose_tolerance(self.policy, self._adapter.device, judgement)
         if resumption is not None:
-            self._lineage = Lineage.of_state(canonical.decode(resumption.manifest.state)).after(
+            self._contents.lineage = Lineage.of_state(canonical.decode(resumption.manifest.state)).after(
                 resumption.judgement, step
             )
         recorded, unreadable = self._coordinator.on_rank_zero(
-            "journal", lambda: (_recorded(self.run_dir, step, self._lineage), unreadable_lines(self.run_dir))
+            "journal", lambda: (_recorded(self.run_dir, step, self._contents.lineage), unreadable_lines(self.run_dir))
         )
         whole = sum("loss" in event for event in recorded)
         what = f"{whole} with all figures, tolerance {tolerance}; {len(recorded) - whole} with their samples only"
@@ -203,9 +247,9 @@ class ResumeKit:
         if unreadable:
             report.warned("replay audit", "journal", f"{unreadable} lines cannot be read; their steps are not compared")
         if resumption is None:
-            self._kept.begin(applied(self.policy))
+            self._contents.kept.begin(applied(self.policy))
         else:
-            self._go_on_from(resumption, report)
+            self._hand_over.go_on_from(resumption, report, {**self._seconds, "resume": time.time() - began})
             self._saves.prepare()
         self._steps.start()
         self._audit = ReplayAudit(
@@ -220,27 +264,37 @@ class ResumeKit:
 
         With Megatron: the mean over the step's micro-batches, once a step; None on ranks that have no loss.
         Returns None inside an accumulation, else the journaled record of the optimizer step: step, loss (mean over
-        micro-batches and ranks), grad_norm, lr, samples, batch. Saves when the schedule says so.
+        micro-batches and ranks), grad_norm, lr, samples, batch. Saves when the schedule says so. Where the run is to
+        stop it saves and raises `Preempted`, and `Fenced` where a newer attempt has taken over; alike on all ranks.
         """
         if self._audit is None:
             raise UsageError("call resume() before the first step(); it returns 0 for a new run")
         self._steps.add(loss)
+        self.alive()
         if not self._adapter.at_step_boundary:
             return None
-        if self._unchecked_rng:
+        if self._hand_over.unchecked:
             raise UsageError("the first batch did not come from an iterator of the kit's data made after resume()")
-        self._carried = ()
-        self._kept.reached(self._adapter.step)
-        record, saved = self._steps.record(self._kept.factor(self._adapter.step), self._saves.state)
+        self._contents.carried = ()
+        self._contents.kept.reached(self._adapter.step)
+        with self._guards.watchdog.within("in the step's exchange"):
+            wish = self._boundary.wish(self._adapter.step)
+            record, figures = self._steps.record(
+                self._contents.kept.factor(self._adapter.step), self._saves.state, wish
+            )
         warnings = self._audited(record)
         self._attempt.record_soon("step", record)
         for problem in warnings:
             if self._coordinator.rank == 0:
                 self._show(f"warning: {problem}")
-        self._saves.stepped(saved, updated=self._adapter.updates > 0)
-        if self._save_every and record["step"] % self._save_every == 0:
-            self._saves.scheduled(record["step"])
+        with self._waiting("saving"):
+            self._saves.stepped(figures.saved, updated=self._adapter.updates > 0)
+            self._boundary.passed(record["step"], figures.agreed)
         return record
+
+    def alive(self) -> None:
+        """Tell the watchdog that this rank makes progress, in loops that do not call `step()`. Local, and free."""
+        self._guards.watchdog.alive()
 
     def save(self, *, returns: Returns = "committed") -> Commit | None:
         """Take a checkpoint now, between optimizer steps. Collective. Waits for a save that is under way.
@@ -250,94 +304,30 @@ class ResumeKit:
         """
         if self._audit is None:
             raise UsageError("call resume() before save()")
-        return self._saves.now(returns)
+        with self._waiting("in save()"):
+            return self._saves.now(returns)
 
     def wait(self) -> Commit | None:
         """Wait until the save that is under way is committed; None where there is none. Collective.
 
         A `step()` may have found it committed already, see `last_commit`. Raises its failure, alike on all ranks.
         """
-        return self._saves.wait()
-
-    def _request(self, with_gate: bool) -> SaveRequest:
-        """This rank's part of a save, apart from the engine's tensors."""
-        step = self._adapter.step
-        self._adapter.settle()
-        began = time.perf_counter()
-        gate = self._run_gate() if self.policy.gate and with_gate else None
-        gate_seconds = time.perf_counter() - began
-        require_finite(gate)
-        return SaveRequest(
-            directory=self.run_dir,
-            run_id=self._attempt.run_id,
-            attempt=self.attempt,
-            step=step,
-            description=self._description,
-            state={
-                **self._adapter.state(),
-                **self._kept.to_plain(),
-                "lineage": self._lineage.to_plain(),
-                "user": {name: s.state_dict() for name, s in self._user_state.items()},
-            },
-            updates=self._adapter.updates - self._kept.moments_since,
-            carried=self._carried,
-            data={
-                **self._data_now(),
-                "position": self._data.position,
-                "next_batch": self._data.batch_digest(self._data.position),
-            },
-            pinned=self._pinned,
-            gate=gate_record(gate, switched_on=self.policy.gate),
-            gate_seconds=gate_seconds,
-        )
+        with self._waiting("in wait()"):
+            return self._saves.wait()
 
     def close(self) -> None:
         """Wait for a save that is under way, and journal the end of the run. Call it once training is done."""
-        self._saves.close()
-        replayed = self._audit.checked if self._audit else 0
-        self._attempt.record(
-            "end", {"step": self._adapter.step, "samples": self._data.position, "steps_replayed": replayed}
-        )
+        step, replayed = self._adapter.step, self._audit.checked if self._audit else 0
+        with self._waiting("in close()"):
+            self._saves.close()
+            self._attempt.record("end", {"step": step, "samples": self._data.position, "steps_replayed": replayed})
+        self._attempt.ended("finished", step=step)
+        self._guards.close()
         self._coordinator.depart()
 
-    def _go_on_from(self, resumption: Resumption, report: Report) -> None:
-        manifest = resumption.manifest
-        self._kept.restore(resumption.state, manifest.step)
-        self._carried = resumption.carried
-        aside = self._coordinator.on_rank_zero(
-            "set aside", lambda: set_aside(self.run_dir, after=manifest.step, attempt=self.attempt)
-        )
-        if aside:
-            steps = ", ".join(map(str, aside))
-            report.warned("hand-over", "set aside", f"later checkpoints of steps {steps} moved to set-aside/")
-        self._attempt.resumed(
-            report,
-            {
-                **self._what_runs(),
-                "step": manifest.step,
-                "target_step": manifest.step + 1,
-                "lineage": self._lineage.to_plain(),
-            },
-        )
-        self._data.before_first_fetch = lambda: self._check_rng(resumption)
-        self._unchecked_rng = True
-
-    def _check_rng(self, resumption: Resumption) -> None:
-        """At the first batch: nobody has touched a generator since it was restored."""
-
-        def local() -> None:
-            problems = overwritten(self._adapter, resumption.rng_digests, self._coordinator.rank)
-            if problems:
-                raise ResumeRefused("the restored RNG was overwritten", problems)
-
-        self._unchecked_rng = False
-        self._data.before_first_fetch = None
-        try:
-            self._coordinator.round("first batch", local, lambda _: None)
-        except ResumeKitError as error:
-            assert self.report is not None
-            self._attempt.refuse(error, self.report)
-            raise
+    def _waiting(self, place: str, sign: Callable[[], object] | None = None) -> AbstractContextManager[None]:
+        """For the watchdog: what the kit waits for itself has bounds of its own, of up to twice the timeout."""
+        return self._guards.watchdog.within(place, sign=sign, more=2 * self._coordinator.timeout)
 
     def _audited(self, record: Mapping[str, Any]) -> list[Problem]:
         assert self._audit is not None
@@ -354,32 +344,6 @@ class ResumeKit:
 
     def _restore_run(self, manifest: Manifest, judgement: Judgement) -> None:
         restore_data_and_user_state(self._data, self._user_state, manifest, judgement, self.policy)
-
-    def _identity(self, run_dir: str) -> dict[str, str]:
-        """Digests of all that every rank must have been given alike."""
-        user = {name: holder.state_dict() for name, holder in self._user_state.items()}
-        given = {
-            **self._pinned,
-            "dataset": self._fingerprint,
-            "global batch size": self._data.global_batch_size,
-            "policy": self.policy.to_mapping(),
-            "save_every": self._save_every,
-            "saving": asdict(self._saving),
-            "run_dir": run_dir,
-            "state=": user,
-        }
-        return {name: canonical.value_digest(value) for name, value in given.items()}
-
-    def _data_now(self) -> dict[str, Any]:
-        return {"fingerprint": self._fingerprint, "global_batch_size": self._data.global_batch_size}
-
-    def _what_runs(self) -> dict[str, Any]:
-        return {
-            "dataset": self._fingerprint,
-            "global_batch_size": self._data.global_batch_size,
-            "world_size": self._coordinator.world_size,
-            "versions": self._versions,
-        }
 
 
 def _recorded(run: Path, step: int, lineage: Lineage) -> list[dict[str, Any]]:

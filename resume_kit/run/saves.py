@@ -8,6 +8,7 @@ from pathlib import Path
 
 from resume_kit.engines.adapter import EngineAdapter, ModelDescription
 from resume_kit.engines.coordination import Coordinator
+from resume_kit.recovery.attempts import fencing
 from resume_kit.run.attempt import Attempt
 from resume_kit.run.retention import Retention, prune
 from resume_kit.saving.capture import SaveRequest
@@ -74,6 +75,11 @@ class Saves:
         self._saver.prepare()
 
     @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._saver.busy
+
+    @property
     def state(self) -> SaveState:
         """How this rank's part of a pending save stands."""
         return self._saver.state
@@ -132,7 +138,8 @@ class Saves:
             },
         )
         try:
-            prune(self._run, self._retention)
+            with fencing(self._attempt.ground):
+                prune(self._run, self._retention, self._attempt.ground)
         except OSError as error:
             self._say(f"warning: old checkpoints could not be deleted: {error}")
 

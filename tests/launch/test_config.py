@@ -248,3 +248,37 @@ def test_where_a_run_lives_is_not_pinned_and_what_it_trains_is() -> None:
     for change in ({"seed": 1}, {"micro_batch_size": 9}, {"gradient_accumulation_steps": 9}, {"model": {"type": "x"}},
                    {"run": RunConfig(deterministic=False)}):  # fmt: skip
         assert TrainConfig(**change).pinned() != pinned  # type: ignore[arg-type]
+
+
+# -- when to save
+
+
+@pytest.mark.parametrize("value", ["7", "auto", "15m", '"1.5h"'])
+def test_when_to_save(value: str, empty: Path) -> None:
+    config = load(empty, [f"run.save_every={value}"])
+    assert config.for_the_kit()["save_every"] == config.run.save_every != RunConfig().save_every
+
+
+@pytest.mark.parametrize("value", ["0", "often", "15 minutes"])
+def test_when_not_to_save(value: str, empty: Path) -> None:
+    with pytest.raises(UsageError, match=r"run.save_every is .*; give a number of steps, a time like"):
+        load(empty, [f"run.save_every={value}"])
+
+
+def test_no_deadline_can_be_said(empty: Path) -> None:
+    assert load(empty, ["run.deadline=.inf"]).run.deadline == float("inf")
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, 6), (2, 3), (3, 2), (6, 1)])
+def test_a_global_batch_is_shared_among_the_ranks_there_are(ranks: int, expected: int, empty: Path) -> None:
+    config = load(empty, ["global_batch_size=24", "micro_batch_size=4"])
+    config.accumulate_over(ranks)
+    assert config.gradient_accumulation_steps == expected == config.pinned()["gradient_accumulation_steps"]
+
+
+def test_a_global_batch_that_does_not_fit_the_ranks_is_told(empty: Path) -> None:
+    config = load(empty, ["global_batch_size=24", "micro_batch_size=4"])
+    with pytest.raises(UsageError, match="24 samples are no multiple of 4 on 4 ranks"):
+        config.accumulate_over(4)
+    with pytest.raises(UsageError, match="global_batch_size is 0"):
+        load(empty, ["global_batch_size=0"])

@@ -21,7 +21,7 @@ from launch.demo.processes import Launched, Machine
 from launch.demo.story import read_report
 from launch.demo.watching import SaveTrap, StepTrap, save_seconds, step_seconds
 from resume_kit.checkpoint.manifest import read_manifest
-from resume_kit.checkpoint.names import staging_directory
+from resume_kit.checkpoint.names import ground, step_directory
 from resume_kit.resuming.report import Report
 from tests.checkpoints import commit
 
@@ -356,9 +356,10 @@ def test_the_save_trap_needs_a_staging_directory_with_files(tmp_path):
     trap = SaveTrap(tmp_path, 3, 0.0, random.Random(0))
     saving = [{"event": "save", "attempt": 2, "step": 3}]
     assert not trap.sprung(saving)
-    (tmp_path / staging_directory(3, 2)).mkdir()
+    staging = ground(tmp_path, 2) / step_directory(3)
+    staging.mkdir(parents=True)
     assert not trap.sprung(saving)
-    (tmp_path / staging_directory(3, 2) / "rank-00000.safetensors").touch()
+    (staging / "rank-00000.safetensors").touch()
     assert not trap.sprung([{"event": "save", "attempt": 2, "step": 2}])
     assert trap.sprung(saving)
     assert trap.missed == []
