@@ -12,12 +12,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from resume_kit.cli import diffing, inspecting, listing, planning, pruning, verifying
+from resume_kit.cli import (
+    diffing,
+    inspecting,
+    intervals,
+    listing,
+    next_word,
+    planning,
+    pruning,
+    retrying,
+    status,
+    stopping,
+    verifying,
+)
 from resume_kit.cli.output import (
     BAD,
     INTERRUPTED,
     USAGE,
     Outcome,
+    complain,
     emit,
     printable,
     problem_documents,
@@ -43,6 +56,11 @@ COMMANDS = {
     "plan": Command("tell whether and how a checkpoint resumes elsewhere", planning.configure, planning.execute),
     "diff": Command("compare two checkpoints", diffing.configure, diffing.execute),
     "prune": Command("delete old checkpoints", pruning.configure, pruning.execute),
+    "status": Command("tell how a run is, and how its attempts went", status.configure, status.execute),
+    "next": Command("tell a batch script whether to start a run again", next_word.configure, next_word.execute),
+    "stop": Command("ask a run to save and end", stopping.configure, stopping.execute),
+    "retry": Command("let a run that was given up start again", retrying.configure, retrying.execute),
+    "interval": Command("tell how often to save", intervals.configure, intervals.execute),
 }
 
 
@@ -67,24 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         emit(outcome, as_json=arguments.json)
         return outcome.exit_code
     except KeyboardInterrupt:
-        _complain("interrupted")
+        complain("interrupted")
         return INTERRUPTED
     except ResumeKitError as error:
-        _complain(str(error))
+        complain(str(error))
         if arguments.json:
             document = {"error": error.headline, "problems": problem_documents(error.problems)}
             write_out(to_json(document))
         return USAGE if isinstance(error, UsageError) else BAD
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _complain(f"{where}{error.strerror or error}")
+        complain(f"{where}{error.strerror or error}")
         return BAD
-
-
-def _complain(text: str) -> None:
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            print("\n".join(printable(line) for line in f"resume-kit: {text}".split("\n")), file=sys.stderr)
 
 
 def _parser() -> _Parser:
@@ -92,7 +104,7 @@ def _parser() -> _Parser:
     common.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     parser = _Parser(
         prog="resume-kit",
-        description="Look at, check, compare and thin out the checkpoints of a run. Needs no torch, no GPU.",
+        description="Look after a run and its checkpoints: see, check, compare, thin out. Needs no torch, no GPU.",
         epilog="exit codes: 0 fine; 1 damaged, refused or different; 2 wrong usage",
         allow_abbrev=False,
     )

@@ -31,16 +31,29 @@ _UNFOLDED = 100_000
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a command: its exit code, and the same findings for programs and for people."""
+    """The result of a command: its exit code, and the same findings for programs and for people.
+
+    note: a word to people who read along while a program takes stdout; goes to stderr.
+    """
 
     exit_code: int
     document: Mapping[str, Any]
     text: Sequence[RenderableType]
+    note: str = ""
 
 
 def emit(outcome: Outcome, *, as_json: bool) -> None:
     """Write the outcome to stdout. A reader that hangs up (``| head``) is no error."""
     write_out(to_json(outcome.document) if as_json else render(outcome.text))
+    if outcome.note and not as_json:
+        complain(outcome.note)
+
+
+def complain(text: str) -> None:
+    """Write to stderr, if there is one."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print("\n".join(printable(line) for line in f"resume-kit: {text}".split("\n")), file=sys.stderr)
 
 
 def to_json(document: Mapping[str, Any]) -> str:
@@ -150,6 +163,21 @@ def age_text(seconds: float) -> str:
         return "in the future"
     unit, name = next(((unit, name) for unit, name in _AGES if seconds >= unit), (1, "s"))
     return f"{max(0, int(seconds // unit))} {name} ago"
+
+
+def span_text(seconds: float | None) -> str:
+    """A duration: ``8.4 s``, ``12 min``, ``3.1 h``, ``2.4 d``; a dash for None."""
+    if seconds is None:
+        return "–"
+    for unit, name, text in ((86400, "d", ".1f"), (3600, "h", ".1f"), (60, "min", ".0f")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:{text}} {name}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 failure``, ``2 failures``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def problem_block(problems: Iterable[Problem]) -> Text:
