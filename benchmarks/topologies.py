@@ -1,7 +1,7 @@
 """The topology matrix on real engines: from A to B, back to A, and on in B, for every trip of the table.
 
     python -m benchmarks.topologies --out benchmarks/results/NAME [--only zero-4-3 megatron-tp-pp]
-    python -m benchmarks.topologies --out benchmarks/results/NAME --readme      # its results into the README
+    python -m benchmarks.topologies --out benchmarks/results/NAME --page        # its table into docs/topologies.md
 
 Models are tiny and ranks are processes on this host's CPUs: this shows what is exact, not how fast it is. Exit code 1
 if any trip fails.
@@ -31,7 +31,7 @@ from tests.ranks import RankFailure
 from tests.resharding.travel import FORWARD_STEPS, HOME_STEPS, LEFT_AT, Outcome, Traveller
 from tests.resharding.trips import TRIPS, AnyJob, Trip
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs/topologies.md"
 
 _SHOWN = 5  # problems of a trip on the console; the JSON has them all
 
@@ -40,11 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True, help="where topologies.json and topologies.md go")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(TRIPS), default=list(TRIPS))
-    parser.add_argument("--readme", action="store_true", help="run nothing; put the table of --out into the README")
+    parser.add_argument(
+        "--page", action="store_true", help="run nothing; put the table of --out into docs/topologies.md"
+    )
     options = parser.parse_args(arguments)
-    if options.readme:
+    if options.page:
         result = json.loads((options.out / "topologies.json").read_text())
-        README.write_text(with_table(README.read_text(), result))
+        PAGE.write_text(with_table(PAGE.read_text(), result))
         return 0
     began = time.perf_counter()
     rows = list(go_on_all(TRIPS[name] for name in options.only))

@@ -1,4 +1,4 @@
-"""The topology matrix as lines for a console and as the table of the README."""
+"""The topology matrix as lines for a console and as the table of docs/topologies.md."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(_lines(result)) + "\n"
 
 
-def with_table(readme: str, result: Mapping[str, Any]) -> str:
-    """The README with the table between its two marks made anew."""
-    before, rest = readme.split(_BEGIN)
+def with_table(page: str, result: Mapping[str, Any]) -> str:
+    """The page with the table between its two marks made anew."""
+    before, rest = page.split(_BEGIN)
     _, after = rest.split(_END)
     return before + _BEGIN + "\n" + "\n".join(short_table(result)) + "\n" + _END + after
 

@@ -57,5 +57,5 @@ def test_the_topology_table_is_that_of_the_newest_results() -> None:
     from benchmarks.topologies_report import with_table
 
     newest = max((ROOT / "benchmarks/results").glob("*-topologies")) / "topologies.json"
-    readme = (ROOT / "README.md").read_text()
-    assert with_table(readme, json.loads(newest.read_text())) == readme
+    page = (ROOT / "docs/topologies.md").read_text()
+    assert with_table(page, json.loads(newest.read_text())) == page
