@@ -55,7 +55,8 @@ def mtbf(run: Path, world_size: int) -> float:
     """Seconds between failures to expect of `world_size` ranks: the run's own record, blended with a prior.
 
     The prior counts as one failure in `PRIOR_GPU_HOURS`; ends that were planned (finished, preempted, refused) as
-    none. Reads the whole journal: ask once an attempt.
+    none. A machine that fails far more often than the prior has it would be believed only after weeks, so the run's own
+    failures, less one, count as they are where that is more. Reads the whole journal: ask once an attempt.
     """
     return blended_mtbf(history(run), world_size)
 
@@ -64,7 +65,10 @@ def blended_mtbf(pasts: list[Past], world_size: int) -> float:
     """`mtbf` of a history that has been read."""
     _require(world_size > 0, world_size=world_size)
     failures, gpu_hours = failures_in_gpu_hours(pasts)
-    return 3600 * (PRIOR_GPU_HOURS + gpu_hours) / (1 + failures) / world_size
+    an_hour = (1 + failures) / (PRIOR_GPU_HOURS + gpu_hours)
+    if gpu_hours > 0:
+        an_hour = max(an_hour, (failures - 1) / gpu_hours)
+    return 3600 / an_hour / world_size
 
 
 def _require(fine: bool, **given: float) -> None:

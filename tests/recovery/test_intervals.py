@@ -72,6 +72,13 @@ def test_the_prior_is_that_of_llama_3() -> None:
     assert mtbf(Path("/nowhere"), 16_384) == pytest.approx(54 * 86400 / 419)
 
 
+def test_one_failure_is_weighed_against_the_prior(tmp_path: Path) -> None:
+    written = attempt(tmp_path, 1)
+    written.time += 3600
+    written.words(0, "RuntimeError: x")
+    assert mtbf(tmp_path, 4) == pytest.approx((PRIOR_GPU_HOURS + 4) / (1 + 1) / 4 * 3600)
+
+
 def test_a_run_that_fails_often_expects_more_failures(tmp_path: Path) -> None:
     """Three failures in 3 x 1 hour of 4 ranks; what was preempted adds its hours, and no failure."""
     for number in (1, 2, 3):
@@ -82,5 +89,5 @@ def test_a_run_that_fails_often_expects_more_failures(tmp_path: Path) -> None:
     preempted.time += 7200
     preempted.ended("preempted", "SIGTERM")
     hours = 3 * 4 + 8
-    assert mtbf(tmp_path, 4) == pytest.approx((PRIOR_GPU_HOURS + hours) / (1 + 3) / 4 * 3600)
+    assert mtbf(tmp_path, 4) == pytest.approx(hours / (3 - 1) / 4 * 3600), "not the prior's twelve thousand hours"
     assert mtbf(tmp_path, 8) == pytest.approx(mtbf(tmp_path, 4) / 2)
