@@ -10,6 +10,7 @@ TORCH ?= torch==2.13.0
 EXTRAS := deepspeed,megatron,plots,dev
 STAMP := $(VENV)/.ready
 OUT ?= runs/matrix
+CLUSTER_PACKAGES := slurmctld slurmd slurm-client munge iproute2 util-linux openssh-server pdsh shellcheck
 
 # `make demo PY=python3` uses a Python that has everything already, and makes no environment.
 ifeq ($(origin PY),command line)
@@ -21,19 +22,27 @@ endif
 
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
 
-.PHONY: help venv demo test soak matrix lint format clean
+.PHONY: help venv demo test test-cluster cluster-tools soak matrix lint format clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' \
-		| while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' \
+		| while IFS=$$'\t' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 venv: $(READY) ## make the environment in $(VENV), once; TORCH=... picks another torch
 
 demo: $(READY) ## kill a multi-rank run and resume it, bit-identical (no GPU needed)
 	@$(PY) -m launch.demo
 
-test: lint ## lint, then all tests but the long ones of `make soak`
-	@$(PY) -m pytest -m 'not slow'
+test: lint ## lint, then all tests but the long ones of `make soak` and those of `make test-cluster`
+	@$(PY) -m pytest -m 'not slow and not cluster'
+
+test-cluster: $(READY) ## nodes killed, cut off, preempted under a real SLURM, on this machine; as root (about six minutes)
+	@$(PY) -m pytest tests/cluster -m cluster
+
+cluster-tools: ## install what `make test-cluster` needs: SLURM, munge, sshd, pdsh, shellcheck; Debian, as root
+	@if [ "$$(id -u)" != 0 ]; then echo "make cluster-tools installs Debian packages: run it as root." >&2; exit 1; fi
+	@apt-get update -qq
+	@DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER_PACKAGES) >/dev/null
 
 soak: $(READY) ## the long tests: SIGKILLs over ZeRO on 2 and 4 ranks and over Megatron, the whole matrix (about ten minutes)
 	@$(PY) -m pytest -m slow -s
