@@ -21,7 +21,7 @@ from resume_kit.checkpoint import files, names
 from resume_kit.errors import CheckpointDamaged, Fenced, Problem, RunTaken, SaveFailed, UsageError
 from resume_kit.recovery import grounds
 from resume_kit.recovery.events import JournalLines
-from resume_kit.recovery.identity import Identity, is_dead, same_lineage
+from resume_kit.recovery.identity import Identity, is_dead, is_outdated, same_lineage
 
 RECORD, ALIVE, STOP, ENDED = "attempt.json", "alive", "stop", "ended.json"
 #: Seconds between two signs of life.
@@ -207,13 +207,21 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def _require_free(run: Path, newest: int, own: Identity, take_over: bool, patience: float) -> bool:
-    """Whether attempt `newest` is to be taken over: it has not ended. Raises `RunTaken` while it lives."""
+    """Whether attempt `newest` is to be taken over: it has not ended. Raises `RunTaken` while it lives.
+
+    So it does where that was made by a later start of this very job, even if it has ended: a node that was cut off may
+    start its ranks again behind the cut.
+    """
     if newest == 0:
         return False
     older = AttemptRecord.of(run / names.ATTEMPTS / names.attempt_directory(newest))
+    who = older.identity
+    if who is not None and is_outdated(own, who):
+        what = f"attempt {newest} is of a later start of this very job ({who}): this one has been replaced"
+        remedy = "nothing is to be done: the later start goes on, or has finished; this one ends"
+        raise RunTaken("this start of the job is out of date", [Problem("fence", str(run), what, remedy)])
     if older.ended is not None or older.fenced_by is not None:
         return False
-    who = older.identity
     gone = who is not None and (is_dead(who) or same_lineage(own, who))
     if gone or take_over or not shows_life(older.folder, patience):
         return True

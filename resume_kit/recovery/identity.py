@@ -74,6 +74,12 @@ def same_lineage(newer: Identity, older: Identity) -> bool:
     return named and newer.elastic_restarts > older.elastic_restarts
 
 
+def is_outdated(own: Identity, holder: Identity) -> bool:
+    """Whether SLURM has started this very job again since `own` was started, and `holder` is of that later start."""
+    same = own.slurm_job is not None and own.slurm_job == holder.slurm_job
+    return same and own.slurm_restarts < holder.slurm_restarts
+
+
 def is_dead(older: Identity) -> bool:
     """Whether the process of `older` is known to be gone. False where this host cannot tell."""
     if older.boot_id != _boot_id() or older.pid_namespace != _pid_namespace() or not older.boot_id:

@@ -439,3 +439,21 @@ def test_an_unreadable_record_is_an_attempt_all_the_same(run: Path) -> None:
     (folder / "ended.json").write_text("{")
     record = AttemptRecord.of(folder)
     assert (record.number, record.run_id, record.started, record.ended) == (1, None, None, None)
+
+
+def test_an_older_start_of_the_same_job_stays_out_even_when_the_later_one_has_ended(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A torchrun behind a cut starts its ranks again: they must not train on what the requeued job has finished."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    later = take(run)
+    later.ended("finished", step=40)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    with pytest.raises(RunTaken, match="out of date") as refusal:
+        take(run)
+    assert "later start of this very job" in refusal.value.problems[0].what
+    with pytest.raises(RunTaken, match="out of date"):
+        take(run, take_over=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    assert take(run).number == later.number + 1
