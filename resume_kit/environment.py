@@ -84,13 +84,18 @@ def process_started() -> float:
 
 def slurm_job() -> tuple[str | None, int]:
     """The SLURM job that this process belongs to (None outside SLURM), and how often it was requeued."""
-    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or "0")
 
 
 def elastic_run() -> tuple[str | None, int]:
     """torchrun's id of this run (None where it was given none), and how often it has restarted the ranks."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return None if run == "none" else run, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return None if run == "none" else run, int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0")
+
+
+def started_again() -> bool:
+    """Whether SLURM or torchrun has started this again by itself, with the command that a person once gave."""
+    return slurm_job()[1] > 0 or elastic_run()[1] > 0
 
 
 def cores_per_rank() -> int:

@@ -5,6 +5,8 @@
     ResumeKitError
     ├── UsageError            (ValueError)    the caller's mistake: wrong argument, wrong config key
     ├── CheckpointDamaged     (OSError)       bytes on disk are not the bytes that were committed
+    ├── Unreadable            (OSError)       a file cannot be read now; what is in it is not known
+    ├── TooLittleMemory       (RuntimeError)  this host has too little memory now
     ├── ResumeRefused         (RuntimeError)  a check of the staged proof said no; nothing trains on
     │   ├── ReplayMismatch                    a step trained again differs from the journal
     │   └── GivenUp                           the run failed too often at the same step
@@ -77,6 +79,14 @@ class UsageError(ResumeKitError, ValueError):
 
 class CheckpointDamaged(ResumeKitError, OSError):
     """Bytes on disk are missing or are not the bytes that were committed."""
+
+
+class Unreadable(ResumeKitError, OSError):
+    """A file cannot be read now, for a fault of the disk or of the way to it. What is in it is not known."""
+
+
+class TooLittleMemory(ResumeKitError, RuntimeError):
+    """The host has too little memory now; what holds it may be gone at the next start."""
 
 
 class ResumeRefused(ResumeKitError, RuntimeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from resume_kit.errors import Problem, SaveFailed
@@ -18,7 +19,17 @@ def apply(everywhere: set[str], mine: set[str], engine: Any) -> None:
 
 
 def _disks(everywhere: set[str], mine: set[str]) -> None:
+    from resume_kit.checkpoint import files
     from resume_kit.checkpoint.writing import ImageFile
+
+    read = files.read_when_visible
+    if "late-index-once" in everywhere:
+
+        def never(path: Path, nbytes: int, deadline: float) -> bytes:
+            files.read_when_visible = read
+            return read(path.with_name("not-here-yet"), nbytes, min(deadline, time.monotonic() + 0.1))
+
+        files.read_when_visible = never
 
     finish = ImageFile.finish
     if "slow-disk" in everywhere:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from resume_kit.environment import _free_in_cgroups, available_memory, process_started
+import pytest
+
+from resume_kit.environment import (
+    _free_in_cgroups,
+    available_memory,
+    elastic_run,
+    process_started,
+    slurm_job,
+    started_again,
+)
 
 
 def _group(folder: Path, limit: str, used: int, cache: int) -> None:
@@ -38,3 +47,15 @@ def test_this_host_tells() -> None:
 def test_this_process_was_started_before_now_and_after_boot() -> None:
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     assert time.time() - uptime < process_started() < time.time()
+
+
+def test_what_started_this_again_is_told_and_may_be_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.setenv(name, "")
+    assert slurm_job() == ("7", 0) and elastic_run()[1] == 0 and not started_again()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert slurm_job() == ("7", 2) and started_again()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert started_again()

@@ -7,6 +7,7 @@ A file holds the canonical bytes and nothing else, so one flipped bit anywhere i
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,17 @@ import xxhash
 from resume_kit.errors import CheckpointDamaged, Problem, UsageError
 
 RESTORE = "restore the file from a copy, or resume from an older checkpoint"
+
+#: The check of a problem that says nothing of the bytes on disk.
+UNREADABLE = "reading"
+_MOMENTARY = frozenset(
+    {
+        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN, errno.EINTR, errno.ENOLCK),
+        *(errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENOTCONN, errno.ESHUTDOWN),
+        *(errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED),
+    }
+)
 
 
 def dumps(value: Any) -> bytes:
@@ -63,7 +75,7 @@ def read_bytes(path: Path) -> bytes:
     except FileNotFoundError:
         raise damaged(path, "the file is missing") from None
     except OSError as error:
-        raise damaged(path, f"the file cannot be read: {error.strerror or error}") from error
+        raise unread(path, error, f"the file cannot be read: {error.strerror or error}") from error
 
 
 def parse_signed(raw: bytes, path: Path) -> dict[str, Any]:
@@ -84,6 +96,14 @@ def parse_signed(raw: bytes, path: Path) -> dict[str, Any]:
     if raw != canonical:
         raise damaged(path, "its bytes are not the canonical form of its content")
     return document
+
+
+def unread(path: Path, error: OSError, what: str) -> CheckpointDamaged:
+    """The damage of a file that could not be read. Where the fault may pass its check is `UNREADABLE`."""
+    if error.errno not in _MOMENTARY:
+        return damaged(path, what)
+    problem = Problem(UNREADABLE, str(path), what, "look at the file system and at this host's mount of it")
+    return CheckpointDamaged(f"{path.name} cannot be read", [problem])
 
 
 def damaged(path: Path, what: str, remedy: str = RESTORE) -> CheckpointDamaged:

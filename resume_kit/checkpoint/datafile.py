@@ -55,7 +55,7 @@ class DataFile:
         try:
             self._buffered = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise canonical.damaged(path, f"cannot be opened: {error.strerror}") from None
+            raise canonical.unread(path, error, f"cannot be opened: {error.strerror}") from None
 
     def close(self) -> None:
         os.close(self._buffered)
@@ -146,7 +146,7 @@ class DataFile:
             try:
                 count = os.preadv(self._buffered, (memory[at - origin : stop - origin],), at)
             except OSError as error:
-                raise canonical.damaged(self.path, f"read failed at byte {at:,}: {error.strerror}") from error
+                raise canonical.unread(self.path, error, f"read failed at byte {at:,}: {error.strerror}") from error
             if count == 0:
                 size = os.fstat(self._buffered).st_size
                 raise canonical.damaged(self.path, f"truncated: it ends at byte {size:,}")

@@ -52,13 +52,14 @@ def write_image(path: Path, image: memoryview) -> FileDigest:
         file.abandon()
 
 
-def read_when_visible(path: Path, nbytes: int) -> bytes:
+def read_when_visible(path: Path, nbytes: int, deadline: float | None = None) -> bytes:
     """The bytes of a small file that another host has just written and closed: `nbytes` of them.
 
-    Through the caches of a shared file system they may come late, or by a stale handle: that is waited for, up to
-    `VISIBLE_WITHIN` seconds. Raises `CheckpointDamaged`.
+    Through the caches of a shared file system they may come late, or by a stale handle: that is waited for, until
+    `deadline` (monotonic), by default for `VISIBLE_WITHIN` seconds. Raises `CheckpointDamaged`.
     """
-    deadline = time.monotonic() + VISIBLE_WITHIN
+    if deadline is None:
+        deadline = time.monotonic() + VISIBLE_WITHIN
     while True:
         try:
             raw = path.read_bytes()
@@ -68,9 +69,7 @@ def read_when_visible(path: Path, nbytes: int) -> bytes:
             late = error.errno in (errno.ENOENT, errno.ESTALE) and path.parent.is_dir()
             if not late or time.monotonic() > deadline:
                 raise canonical.damaged(path, f"it cannot be read: {error.strerror}", _LATE) from error
-        with suppress(OSError):
-            os.listdir(path.parent)  # makes a client of NFS look at the directory anew
-        time.sleep(0.05)
+        _look_anew(path.parent)
 
 
 def is_visible(path: Path) -> bool:
@@ -79,8 +78,14 @@ def is_visible(path: Path) -> bool:
     while not path.exists():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.05)
+        _look_anew(next(parent for parent in path.parents if parent.exists()))
     return True
+
+
+def _look_anew(directory: Path) -> None:
+    with suppress(OSError):
+        os.listdir(directory)  # makes a client of NFS ask the server
+    time.sleep(0.05)
 
 
 def require_writable(run: Path) -> None:

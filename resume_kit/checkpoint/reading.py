@@ -43,9 +43,8 @@ def check_data_file(directory: Path, manifest: Manifest, rank: int) -> None:
         size = path.stat().st_size
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
-        raise canonical.damaged(
-            path, "the file is missing" if missing else f"cannot be read: {error.strerror}"
-        ) from None
+        what = "the file is missing" if missing else f"cannot be read: {error.strerror}"
+        raise canonical.unread(path, error, what) from None
     stated = manifest.ranks[rank].data_bytes
     if size != stated:
         what = "truncated" if size < stated else "too long"

@@ -13,7 +13,7 @@ from resume_kit.cli.opening import open_run, size_on_disk, steps_of
 from resume_kit.cli.output import FINE, Outcome, printable, size_text
 from resume_kit.errors import Problem, ResumeKitError, RunTaken
 from resume_kit.recovery import grounds
-from resume_kit.recovery.attempts import BEAT_SECONDS, read_attempts
+from resume_kit.recovery.attempts import BEAT_SECONDS, newest_attempt
 from resume_kit.recovery.rules import is_alive
 from resume_kit.run.retention import Retention, prune
 
@@ -33,10 +33,11 @@ def execute(arguments: argparse.Namespace) -> Outcome:
     retention = Retention(keep_last=arguments.keep_last, keep_every=arguments.keep_every)
     run = open_run(arguments.run)
     sizes = {step: size_on_disk(run / names.step_directory(step)) for step in steps_of(run)}
+    newest = max(names.attempt_numbers(run), default=0)
     if not (arguments.dry_run or arguments.force):
         _require_idle(run)
     try:
-        gone = _prune(run, retention, dry_run=arguments.dry_run)
+        gone = _prune(run, retention, newest, dry_run=arguments.dry_run)
     except OSError as error:
         raise _stopped(run, sizes, error) from error
     kept = [step for step in sizes if step not in gone]
@@ -61,18 +62,30 @@ def _require_idle(run: Path) -> None:
     """Raise `RunTaken` while a training run deletes here by its own rule."""
     if not is_alive(run, 2.5 * BEAT_SECONDS):
         return
-    newest = read_attempts(run)[-1]
-    what = f"attempt {newest.number} is training ({newest.identity}); it prunes by its own keep_last and keep_every"
+    newest = newest_attempt(run)
+    assert newest is not None
+    raise _taken(run, f"attempt {newest.number} is training ({newest.identity})")
+
+
+def _taken(run: Path, who: str) -> RunTaken:
+    what = f"{who}; it prunes by its own keep_last and keep_every"
     remedy = f"wait until it ends, stop it (resume-kit stop {printable(str(run))}), or add --force"
-    raise RunTaken("nothing was deleted", [Problem("prune", printable(str(run)), what, remedy)])
+    return RunTaken("nothing was deleted", [Problem("prune", printable(str(run)), what, remedy)])
 
 
-def _prune(run: Path, retention: Retention, *, dry_run: bool) -> list[int]:
-    """In a ground of its own, which an attempt that starts takes away: from then on nothing is deleted here."""
+def _prune(run: Path, retention: Retention, newest: int, *, dry_run: bool) -> list[int]:
+    """In a ground of its own, which an attempt that starts takes away: from then on nothing is deleted here.
+
+    One newer than `newest`, which was looked at, may have begun before there was a ground: raises `RunTaken`.
+    """
     if dry_run:
         return prune(run, retention, run, dry_run=True)
     ground = run / names.PRUNING
     ground.mkdir(exist_ok=True)
+    if (begun := max(names.attempt_numbers(run), default=0)) > newest:
+        with suppress(OSError):
+            ground.rmdir()
+        raise _taken(run, f"attempt {begun} has begun meanwhile")
     grounds.clear(ground)
     gone = prune(run, retention, ground)
     with suppress(OSError):  # another prune is under way, or something could not be deleted: the next start does it

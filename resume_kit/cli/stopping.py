@@ -11,7 +11,7 @@ from pathlib import Path
 from resume_kit.cli.opening import open_run
 from resume_kit.cli.output import BAD, FINE, Outcome
 from resume_kit.errors import Problem, ResumeKitError, UsageError
-from resume_kit.recovery.attempts import STOP, AttemptRecord, read_attempts
+from resume_kit.recovery.attempts import STOP, AttemptRecord, newest_attempt
 from resume_kit.recovery.identity import Identity
 from resume_kit.recovery.rules import is_alive
 
@@ -30,11 +30,10 @@ def execute(arguments: argparse.Namespace) -> Outcome:
     if not arguments.wait >= 0:
         raise UsageError(f"--wait is {arguments.wait}; give seconds")
     run = open_run(arguments.run)
-    records = read_attempts(run)
-    if not records or records[-1].ended is not None or not is_alive(run, LOOK_SECONDS):
-        what = "it has no attempts" if not records else _last_heard(records[-1])
+    newest = newest_attempt(run)
+    if newest is None or not is_alive(run, LOOK_SECONDS):
+        what = "it has no attempts" if newest is None else _last_heard(newest)
         raise ResumeKitError("nothing to stop: no attempt runs", [Problem("stop", str(run), what)])
-    newest = records[-1]
     by = Identity.of_this_process()
     request = {"reason": arguments.reason, "time": time.time(), "by": f"{by.host}, process {by.pid}"}
     _write(newest.folder / STOP, json.dumps(request).encode() + b"\n")

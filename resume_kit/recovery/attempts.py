@@ -20,10 +20,10 @@ from typing import Any
 from resume_kit.checkpoint import files, names
 from resume_kit.errors import CheckpointDamaged, Fenced, Problem, RunTaken, SaveFailed, UsageError
 from resume_kit.recovery import grounds
-from resume_kit.recovery.events import JournalLines
+from resume_kit.recovery.events import JournalLines, last_number
 from resume_kit.recovery.identity import Identity, is_dead, is_outdated, same_lineage
 
-RECORD, ALIVE, STOP, ENDED = "attempt.json", "alive", "stop", "ended.json"
+RECORD, ALIVE, STOP, ASKED, ENDED = "attempt.json", "alive", "stop", "asked.json", "ended.json"
 #: Seconds between two signs of life.
 BEAT_SECONDS = 2.0
 _LOOK_SECONDS = 0.1
@@ -33,9 +33,10 @@ _LOOK_SECONDS = 0.1
 class AttemptRecord:
     """What the folder of one attempt tells; None for what is not there or cannot be read.
 
-    alive: the newest sign of life, {"beat", "time"}. stop: a request to stop. ended: {"reason", "step", "time", "by"}.
-    last_words: of the ranks that had any, in the order of ranks. took_over: the attempt that had not ended when this
-    one began. fenced_by: the attempt that shut this one out.
+    alive: the newest sign of life, {"beat", "time"}. stop: a request to stop. asked: the first signal to stop that came
+    to a rank, {"signal", "rank", "time"}. ended: {"reason", "step", "time", "by"}. last_words: of the ranks that had
+    any, in the order of ranks. took_over: the attempt that had not ended when this one began. fenced_by: the attempt
+    that shut this one out. give_up_after: as the run was configured.
     """
 
     number: int
@@ -46,8 +47,10 @@ class AttemptRecord:
     world_size: int | None
     took_over: int | None
     fenced_by: int | None
+    give_up_after: int | None
     alive: Mapping[str, Any] | None
     stop: Mapping[str, Any] | None
+    asked: Mapping[str, Any] | None
     ended: Mapping[str, Any] | None
     last_words: tuple[Mapping[str, Any], ...]
 
@@ -64,8 +67,10 @@ class AttemptRecord:
             world_size=record.get("world_size"),
             took_over=record.get("took_over"),
             fenced_by=max((n for path in folder.iterdir() if (n := names.parse_fenced(path.name))), default=None),
+            give_up_after=record.get("give_up_after"),
             alive=read_object(folder / ALIVE),
             stop=read_object(folder / STOP),
+            asked=read_object(folder / ASKED),
             ended=read_object(folder / ENDED),
             last_words=tuple(words for words in spoken if words is not None),
         )
@@ -74,6 +79,12 @@ class AttemptRecord:
 def read_attempts(run: Path) -> list[AttemptRecord]:
     """All attempts that have a folder, oldest first; none for a run of before there were any."""
     return [AttemptRecord.of(run / names.ATTEMPTS / names.attempt_directory(n)) for n in names.attempt_numbers(run)]
+
+
+def newest_attempt(run: Path) -> AttemptRecord | None:
+    """The newest attempt, if there is any: in a run of thousands the others need not be read for it."""
+    newest = max(names.attempt_numbers(run), default=None)
+    return None if newest is None else AttemptRecord.of(run / names.ATTEMPTS / names.attempt_directory(newest))
 
 
 def shows_life(folder: Path, seconds: float) -> bool:
@@ -100,7 +111,16 @@ class Token:
         self._beats = 0
 
     @classmethod
-    def take(cls, run: Path, *, world_size: int, run_id: str | None, take_over: bool, patience: float = 10.0) -> Token:
+    def take(
+        cls,
+        run: Path,
+        *,
+        world_size: int,
+        run_id: str | None,
+        take_over: bool,
+        patience: float = 10.0,
+        give_up_after: int | None = None,
+    ) -> Token:
         """Begin the next attempt of `run`, a directory that exists, and shut out all older ones.
 
         An older attempt that has not ended is taken over at once where it is known to be dead, where this process is
@@ -111,7 +131,7 @@ class Token:
         identity = Identity.of_this_process()
         token = None
         while token is None:
-            journaled = _last_in_journal(run)  # first: an attempt has its folder before it writes a line
+            journaled = last_number(run)  # first: an attempt has its folder before it writes a line
             newest = max(names.attempt_numbers(run), default=0)
             open_ended = _require_free(run, newest, identity, take_over, patience)
             token = _make(run, 1 + max(newest, journaled), run_id, newest, open_ended)
@@ -122,6 +142,7 @@ class Token:
             "identity": identity.to_json(),
             "world_size": world_size,
             "took_over": token.took_over,
+            "give_up_after": give_up_after,
         }
         token.beat()
         files.write_durably(token.folder / RECORD, _line(record))
@@ -237,7 +258,7 @@ def _since(older: AttemptRecord) -> str:
 
 
 def _at_step(run: Path, attempt: int) -> str:
-    steps = (e.get("step") for e in JournalLines(run) if e["event"] == "step" and e["attempt"] == attempt)
+    steps = (e.get("step") for e in JournalLines(run, {"step"}) if e["attempt"] == attempt)
     last = max((step for step in steps if isinstance(step, int)), default=None)
     return "" if last is None else f", at step {last}"
 
@@ -286,11 +307,6 @@ def _shut_out_older(token: Token) -> None:
             raise RunTaken(
                 "an older attempt cannot be shut out", [Problem("fence", str(place), what, remedy)]
             ) from error
-
-
-def _last_in_journal(run: Path) -> int:
-    """For a run of before attempts had folders."""
-    return max((event["attempt"] for event in JournalLines(run)), default=0)
 
 
 def _identity(record: Mapping[str, Any]) -> Identity | None:

@@ -35,6 +35,11 @@ class LastWord:
     error: str
     time: float
 
+    @property
+    def second_hand(self) -> bool:
+        """Whether it only tells of another process's end, so that the cause is elsewhere."""
+        return self.kind == "failed" and bool(_SECOND_HAND.search(self.error))
+
     def __str__(self) -> str:
         who = "rank ?" if self.rank is None else f"rank {self.rank}"
         return f"{who} on {self.host}: {self.error}" if self.host else f"{who}: {self.error}"
@@ -44,7 +49,8 @@ class LastWord:
 class Past:
     """One attempt of a run. Times are Unix seconds, durations seconds.
 
-    ended: for a death without a word the last sign of life. why: one line for a person. lost_steps: steps it trained
+    ended: for a death without a word the last sign of life. why: one line for a person. slurm: the job and how often it
+    was started again. silent: where all words are second hand, the ranks without any. lost_steps: steps it trained
     that no later attempt goes on from, lost_samples the same in samples. step_seconds: the median. to_first_step: from
     the end of the attempt before to the first step of this. phases: how that time was spent, as far as known: `gap`
     (until the process started: noticing, scheduling), `start` (imports, engine), `open` (the run directory), the stages
@@ -58,6 +64,7 @@ class Past:
     ended: float | None = None
     host: str = ""
     job: str = ""
+    slurm: tuple[str, int] | None = None
     world_size: int | None = None
     topology: Mapping[str, Any] = field(default_factory=dict)
     global_batch_size: int | None = None
@@ -73,6 +80,7 @@ class Past:
     to_first_step: float | None = None
     phases: Mapping[str, float] = field(default_factory=dict)
     words: tuple[LastWord, ...] = ()
+    silent: tuple[int, ...] = ()
     folder: Path | None = None
 
     @property
@@ -89,6 +97,11 @@ class Past:
         """The step at which it ended: the last it trained, else that it went on from."""
         return self.last_step.step if self.last_step else self.resumed_from or 0
 
+    @property
+    def left(self) -> int | None:
+        """The step of the checkpoint that it left to the next; None where it did not come so far as to resume."""
+        return self.last_commit.step if self.last_commit else self.resumed_from
+
     def kept_up_to(self, step: float) -> int:
         """How many of the steps it trained stand, where all after `step` are trained again."""
         if self.resumed_from is None:
@@ -99,7 +112,8 @@ class Past:
 @dataclass(frozen=True)
 class Story:
     """All that is known of a run. commits: of all attempts, in the journal's order. stale: lines of the journal that
-    an attempt wrote after a newer one had begun. curves: some of each attempt's steps, evenly picked."""
+    an attempt wrote after a newer one had begun. curves: some of each attempt's steps, evenly picked. give_up_after: as
+    the newest attempt was configured."""
 
     run: Path
     run_id: str | None
@@ -109,6 +123,7 @@ class Story:
     stale: int
     newest_checkpoint: int | None
     curves: Mapping[int, Sequence[Moment]]
+    give_up_after: int | None = None
 
 
 def history(run: Path, *, alive: bool | None = None) -> list[Past]:
@@ -128,21 +143,27 @@ def read_story(run: Path, *, alive: bool | None = None) -> Story:
     numbers = [n for n in numbers if n == numbers[-1] or n in traces.of or records[n].started is not None]
     pasts: list[Past] = []
     for number in numbers:
-        newest = number == numbers[-1]
-        past = _past(records.get(number), traces.of.get(number, Trace(number)))
+        record, newest = records.get(number), number == numbers[-1]
+        past = _past(record, traces.of.get(number, Trace(number)))
         if past.kind == "died" and newest and alive is not False:
             past = replace(past, kind="open", why="runs" if alive else "no word of its end yet")
+        elif past.kind == "died" and record and record.asked is not None:
+            by = f"{record.asked.get('signal')} on rank {record.asked.get('rank')}"
+            past = replace(past, kind="preempted", why=f"asked to stop by {by}, killed before it had saved")
         pasts.append(_after(past, traces, pasts[-1]) if pasts else past)
     pasts = list(reversed([*_with_losses(pasts, newest_checkpoint or 0)]))
     commits = [commit for trace in traces.of.values() for commit in trace.commits]
     curves = {number: trace.curve for number, trace in traces.of.items()}
     skipped = sum(trace.skipped for trace in traces.of.values())
-    return Story(run, traces.run_id, pasts, commits, skipped, traces.stale, newest_checkpoint, curves)
+    bound = _size(records[numbers[-1]].give_up_after) if numbers and numbers[-1] in records else None
+    return Story(run, traces.run_id, pasts, commits, skipped, traces.stale, newest_checkpoint, curves, bound)
 
 
 def _past(record: AttemptRecord | None, trace: Trace) -> Past:
     words = _words(record)
-    kind, why = _end(record, trace, words)
+    world_size = _size((record and record.world_size) or trace.start.get("world_size"))
+    silent = _silent(record, words, world_size)
+    kind, why = _end(record, trace, words, silent)
     identity = record.identity if record else None
     return Past(
         number=trace.number,
@@ -152,7 +173,8 @@ def _past(record: AttemptRecord | None, trace: Trace) -> Past:
         ended=_ended(record, trace, words),
         host=str(identity.host) if identity else str(trace.start.get("host") or ""),
         job=_job(identity),
-        world_size=_size((record and record.world_size) or trace.start.get("world_size")),
+        slurm=_slurm(identity),
+        world_size=world_size,
         topology=_mapping(trace.start.get("topology")),
         global_batch_size=_size(trace.start.get("global_batch_size")),
         resumed_from=trace.resumed_from,
@@ -163,12 +185,13 @@ def _past(record: AttemptRecord | None, trace: Trace) -> Past:
         commits=len(trace.commits),
         step_seconds=trace.step_seconds,
         words=words,
+        silent=silent,
         folder=record.folder if record else None,
     )
 
 
 def _words(record: AttemptRecord | None) -> tuple[LastWord, ...]:
-    """Oldest first; of a hang, those who were waiting for the others come last."""
+    """Oldest first; those who were waiting for the others in a hang come last, and those who saw others end."""
     found = [
         LastWord(
             rank=_integer(word.get("rank")),
@@ -180,10 +203,21 @@ def _words(record: AttemptRecord | None) -> tuple[LastWord, ...]:
         )
         for word in (record.last_words if record else ())
     ]
-    return tuple(sorted(found, key=lambda word: (word.kind == "hung" and "exchange" in word.error, word.time)))
+    waited = {word: word.second_hand or (word.kind == "hung" and "exchange" in word.error) for word in found}
+    return tuple(sorted(found, key=lambda word: (waited[word], word.time)))
 
 
-def _end(record: AttemptRecord | None, trace: Trace, words: tuple[LastWord, ...]) -> tuple[Kind, str]:
+def _silent(record: AttemptRecord | None, words: tuple[LastWord, ...], world_size: int | None) -> tuple[int, ...]:
+    """The ranks that left no word, where what the others say is second hand."""
+    if not words or not words[0].second_hand:
+        return ()
+    spoke = {word.rank for word in words} | ({0} if record and record.ended is not None else set())
+    return tuple(rank for rank in range(min(world_size or 0, 10**5)) if rank not in spoke)
+
+
+def _end(
+    record: AttemptRecord | None, trace: Trace, words: tuple[LastWord, ...], silent: tuple[int, ...]
+) -> tuple[Kind, str]:
     ended = (record and record.ended) or _journaled_end(trace)
     reason, by = str(ended.get("reason", "")), " ".join(str(ended.get("by") or "").split())
     if reason == "finished":
@@ -194,15 +228,23 @@ def _end(record: AttemptRecord | None, trace: Trace, words: tuple[LastWord, ...]
         return "refused", f"refused: {by}" if by else "refused"
     if reason == "fenced" or (words and words[0].kind == "fenced"):
         return "fenced", f"fenced: {by or words[0].error}" if by or words else "fenced by a newer attempt"
+    if (words[0].error if words else by).startswith("KeyboardInterrupt"):
+        return "preempted", "stopped by a person (KeyboardInterrupt)"
     if words:
         kind: Kind = "hung" if words[0].kind == "hung" else "failed"
         at = f" at step {words[0].step}" if words[0].step is not None else ""
-        told = reason or any(word.rank == 0 for word in words) or not _SECOND_HAND.search(words[0].error)
-        silent = "" if told else "; rank 0 left no word and may have died first"
-        return kind, f"{kind}{at}: {words[0]}{silent}"
+        return kind, f"{kind}{at}: {words[0]}{_without_a_word(silent)}"
     if reason:
         return "failed", f"failed: {by}" if by else "failed"
     return "died", "died without a word"
+
+
+def _without_a_word(silent: tuple[int, ...]) -> str:
+    if not silent:
+        return ""
+    some = ", ".join(map(str, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
+    first = "and may have died first" if len(silent) == 1 else "and one of them may have died first"
+    return f"; rank{'s' if len(silent) > 1 else ''} {some} left no word {first}"
 
 
 def _journaled_end(trace: Trace) -> Mapping[str, Any]:
@@ -219,7 +261,8 @@ def _ended(record: AttemptRecord | None, trace: Trace, words: tuple[LastWord, ..
     told = _first(_mapping(record and record.ended).get("time"), *(word.time for word in words))
     if told is not None:
         return told
-    signs = (trace.last_sign, _first(_mapping(record and record.alive).get("time")), _first(record and record.started))
+    files = (_mapping(record and record.alive), _mapping(record and record.asked))
+    signs = (trace.last_sign, *(_first(file.get("time")) for file in files), _first(record and record.started))
     return max((sign for sign in signs if sign is not None), default=None)
 
 
@@ -257,6 +300,12 @@ def _with_losses(pasts: list[Past], newest_checkpoint: int) -> Iterator[Past]:
         yield replace(past, lost_steps=lost, lost_samples=samples if lost else 0)
         if past.resumed_from is not None:
             standing = min(standing, past.resumed_from)
+
+
+def _slurm(identity: Identity | None) -> tuple[str, int] | None:
+    if identity is None or not isinstance(identity.slurm_job, str):
+        return None
+    return identity.slurm_job, _integer(identity.slurm_restarts) or 0
 
 
 def _job(identity: Identity | None) -> str:

@@ -16,7 +16,8 @@ class Identity:
     """The process of rank 0, and the job that it belongs to.
 
     pid_started: clock ticks from the host's boot to the process's start: a pid is used again, the pair is not.
-    slurm_job, elastic_run: None outside SLURM, and where torchrun was given no id of its own.
+    slurm_job, elastic_run: None outside SLURM, and where torchrun was given no id of its own. parent,
+    parent_started: of the process that started it, under torchrun the node's agent; 0 where that is not known.
     """
 
     host: str
@@ -28,12 +29,14 @@ class Identity:
     slurm_restarts: int = 0
     elastic_run: str | None = None
     elastic_restarts: int = 0
+    parent: int = 0
+    parent_started: int = 0
 
     @classmethod
     def of_this_process(cls) -> Identity:
         job, restarts = slurm_job()
         run, run_restarts = elastic_run()
-        started = _started(os.getpid())
+        started, parent = _started(os.getpid()), os.getppid()
         return cls(
             host=host_name(),
             boot_id=_boot_id(),
@@ -44,6 +47,8 @@ class Identity:
             slurm_restarts=restarts,
             elastic_run=run,
             elastic_restarts=run_restarts,
+            parent=parent,
+            parent_started=_started(parent) or 0,
         )
 
     @classmethod
@@ -62,22 +67,24 @@ class Identity:
 def same_lineage(newer: Identity, older: Identity) -> bool:
     """Whether `newer` is what the launcher started in the place of `older`, so that `older` has to go.
 
-    That is a later start of the same SLURM job or of the same torchrun, or the very same process.
+    That is a later start of the same SLURM job, a restart by the same torchrun agent, or the very same process.
+    torchrun's id alone says nothing: two jobs may have been given the same.
     """
     if _place(newer) == _place(older):
         return True
-    if newer.slurm_job is not None and newer.slurm_job == older.slurm_job:
-        if newer.slurm_restarts != older.slurm_restarts:
-            return newer.slurm_restarts > older.slurm_restarts
-        return newer.elastic_run == older.elastic_run and newer.elastic_restarts > older.elastic_restarts
-    named = newer.elastic_run is not None and newer.elastic_run == older.elastic_run
-    return named and newer.elastic_restarts > older.elastic_restarts
+    if _same_job(newer, older) and newer.slurm_restarts != older.slurm_restarts:
+        return newer.slurm_restarts > older.slurm_restarts
+    return same_agent(newer, older) and newer.elastic_restarts > older.elastic_restarts
+
+
+def same_agent(one: Identity, other: Identity) -> bool:
+    """Whether the same process, a torchrun agent for instance, started both. False where that is not known."""
+    return one.parent_started > 0 and _agent(one) == _agent(other)
 
 
 def is_outdated(own: Identity, holder: Identity) -> bool:
     """Whether SLURM has started this very job again since `own` was started, and `holder` is of that later start."""
-    same = own.slurm_job is not None and own.slurm_job == holder.slurm_job
-    return same and own.slurm_restarts < holder.slurm_restarts
+    return _same_job(own, holder) and own.slurm_restarts < holder.slurm_restarts
 
 
 def is_dead(older: Identity) -> bool:
@@ -95,6 +102,14 @@ def is_dead(older: Identity) -> bool:
 
 def _place(identity: Identity) -> tuple[str, str, str, int, int]:
     return identity.host, identity.boot_id, identity.pid_namespace, identity.pid, identity.pid_started
+
+
+def _same_job(one: Identity, other: Identity) -> bool:
+    return one.slurm_job is not None and one.slurm_job == other.slurm_job
+
+
+def _agent(identity: Identity) -> tuple[object, ...]:
+    return (*_place(identity)[:3], identity.parent, identity.parent_started, identity.elastic_run)
 
 
 def _boot_id() -> str:

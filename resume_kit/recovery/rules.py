@@ -6,17 +6,24 @@ import re
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from resume_kit.errors import GivenUp, Problem, UsageError
-from resume_kit.recovery.attempts import read_attempts, shows_life
+from resume_kit.recovery.attempts import newest_attempt, shows_life
 from resume_kit.recovery.history import Past, Story, read_story
 from resume_kit.recovery.identity import is_dead
 
 Word = Literal["restart", "finished", "stop", "running"]
 
+Job = tuple[str | None, int]
+"""A SLURM job (None outside SLURM), and how often it was started again."""
+
 PARDONED = "pardoned"
+
+#: Failures at the same step that are enough, where the run does not say.
+GIVE_UP_AFTER = 3
 
 _NUMBERS = re.compile(r"0x[0-9a-fA-F]+|\d+")
 
@@ -32,18 +39,22 @@ class Decision:
     reason: str
 
 
-def decide(run: Path, *, give_up_after: int = 3, since: float | None = None, look_seconds: float = 6.0) -> Decision:
+def decide(run: Path, *, give_up_after: int | None = None, job: Job = (None, 0), look_seconds: float = 6.0) -> Decision:
     """What a batch script does next. Looks for up to `look_seconds` whether the newest attempt is alive.
 
-    since: when the job began, in Unix seconds. A job that ended without an attempt of its own, over a wrong option for
-    instance, would do so again and again, so it is stopped.
+    give_up_after: None takes what the newest attempt was given. job: the SLURM job that asks, and how often it was
+    started again. Where the newest attempt is not of this start, the job ended before it opened the run: that happens
+    once, but where it happens again and again it is stopped, see `_without_attempt`.
     """
     alive = is_alive(run, look_seconds)
-    return decision(read_story(run, alive=alive), alive=alive, give_up_after=give_up_after, since=since)
+    story = read_story(run, alive=alive)
+    if not alive and job[0] is not None and not (story.pasts and story.pasts[-1].slurm == job):
+        return _without_attempt(story, job[0], job[1], give_up_after)
+    return decision(story, alive=alive, give_up_after=give_up_after)
 
 
-def decision(story: Story, *, alive: bool, give_up_after: int = 3, since: float | None = None) -> Decision:
-    """`decide` of a run that has been read."""
+def decision(story: Story, *, alive: bool, give_up_after: int | None = None) -> Decision:
+    """`decide` of a run that has been read, whoever asks."""
     if not story.pasts:
         return Decision("stop", "no attempt has been made: the job ended before it opened the run; see its output")
     newest = story.pasts[-1]
@@ -54,34 +65,51 @@ def decision(story: Story, *, alive: bool, give_up_after: int = 3, since: float 
         return Decision("finished", f"{which} {newest.why}")
     if newest.kind == "refused":
         return Decision("stop", f"{which} was {newest.why}; a person must look")
-    if since is not None and newest.started is not None and newest.started < since:
-        return Decision("stop", f"{which} is older than this job, which made none of its own; see its output")
     if hopeless := given_up(story, give_up_after):
         return Decision("stop", str(hopeless))
-    where = "from the start: there is no checkpoint"
-    if story.newest_checkpoint is not None:
-        where = f"from the checkpoint of step {story.newest_checkpoint}"
-    return Decision("restart", f"{which}: {newest.why}; the next goes on {where}")
+    return Decision("restart", f"{which}: {newest.why}; the next goes on {_from(story)}")
 
 
-def require_hope(run: Path, give_up_after: int = 3) -> None:
+def _without_attempt(story: Story, job: str, restarts: int, give_up_after: int | None) -> Decision:
+    """For a start of a job that made no attempt: again, while fewer than `give_up_after` in a row made none."""
+    if hopeless := given_up(story, give_up_after):
+        return Decision("stop", str(hopeless))
+    newest = max((past.slurm[1] for past in story.pasts if past.slurm and past.slurm[0] == job), default=-1)
+    if newest > restarts:
+        return Decision("stop", f"SLURM has started job {job} again meanwhile: the later start decides")
+    starts = restarts - newest
+    without = f"{starts} {'start of this job has' if starts == 1 else 'starts of this job have'} ended without opening"
+    if starts >= _bound(story, give_up_after):
+        return Decision("stop", f"{without} the run; see its output")
+    return Decision("restart", f"{without} the run; the next goes on {_from(story)}")
+
+
+def _from(story: Story) -> str:
+    if story.newest_checkpoint is None:
+        return "from the start: there is no checkpoint"
+    return f"from the checkpoint of step {story.newest_checkpoint}"
+
+
+def require_hope(run: Path, give_up_after: int | None = None) -> None:
     """Raise `GivenUp`, with a diagnosis, when the last attempts all failed at the same step.
 
     Nothing is said of a run whose newest attempt is still alive: whoever wants to start it is told so elsewhere.
+    Raises `UsageError` for a `give_up_after` below 1.
     """
-    story = read_story(run, alive=False)
-    hopeless = given_up(story, give_up_after)
+    if give_up_after is not None and give_up_after < 1:
+        raise UsageError(f"give_up_after is {give_up_after}; it must be at least 1")
+    hopeless = given_up(read_story(run, alive=False), give_up_after)
     if hopeless and not is_alive(run):
         raise hopeless
 
 
 def pardon(run: Path) -> int:
     """Let failures up to now count no more; the number of the newest attempt. `UsageError` where there is none."""
-    records = read_attempts(run)
-    if not records:
+    newest = newest_attempt(run)
+    if newest is None:
         raise UsageError(f"{run} has no attempts to pardon")
-    (records[-1].folder / PARDONED).touch()
-    return records[-1].number
+    (newest.folder / PARDONED).touch()
+    return newest.number
 
 
 def is_alive(run: Path, look_seconds: float = 6.0) -> bool:
@@ -89,32 +117,58 @@ def is_alive(run: Path, look_seconds: float = 6.0) -> bool:
 
     `look_seconds` should cover two beats, of 2 s each.
     """
-    records = read_attempts(run)
-    if not records or records[-1].ended is not None:
+    newest = newest_attempt(run)
+    if newest is None or newest.ended is not None:
         return False
-    identity = records[-1].identity
-    return not (identity and is_dead(identity)) and shows_life(records[-1].folder, look_seconds)
+    return not (newest.identity and is_dead(newest.identity)) and shows_life(newest.folder, look_seconds)
 
 
-def given_up(story: Story, give_up_after: int) -> GivenUp | None:
-    """The error that says why another start would only fail again; None where there is hope.
+def given_up(story: Story, give_up_after: int | None = None) -> GivenUp | None:
+    """The error that says why another start would only do as the last ones did; None where there is hope.
 
-    There is none once `give_up_after` failures in a row came to no step beyond that at which the first of them ended,
-    or three times as many came to no new commit. Attempts in between that were preempted or fenced are no failures,
-    but what they trained counts as progress.
+    There is none once `give_up_after` failures in a row made no progress: no step beyond that at which the first of
+    them ended, no commit beyond the step that an attempt went on from. Under SLURM they must be of two starts of jobs,
+    so that a bad node is left once, or three times as many. Attempts in between that were preempted or fenced are no
+    failures, but what they trained counts. An attempt that went back to an older checkpoint begins anew. Nor is there
+    hope once three times as many failures, going back or not, left the run at no later checkpoint, or three times as
+    many attempts in a row, however they ended, came to no step.
     """
-    pasts = _that_count(story.pasts)
+    bound, pasts = _bound(story, give_up_after), _that_count(story.pasts)
+    if len(last := pasts[-3 * bound :]) == 3 * bound and not any(past.trained for past in last):
+        return _before_any_step(story, last)
+    line = _since_it_went_back(pasts)
+    failures = [past for past in line if past.kind in _COUNTED]
+    for number in range(bound, min(3 * bound, len(failures) + 1)):
+        last = failures[-number:]
+        starts = {past.slurm for past in last}
+        if (len(starts) > 1 or starts == {None}) and not _progress(line, last[0]):
+            return _diagnosis(story, last, f"without a step beyond {last[0].reached}")
     failures = [past for past in pasts if past.kind in _COUNTED]
-    if len(last := failures[-give_up_after:]) == give_up_after:
-        step = last[0].reached
-        if not any(past.last_step and past.last_step.step > step for past in pasts if past.number > last[0].number):
-            return _diagnosis(story, last, f"without a step beyond {step}")
-    if len(last := failures[-3 * give_up_after :]) == 3 * give_up_after:
-        newest = [commit.step for commit in story.commits if commit.attempt < last[0].number]
-        later = [commit.step for commit in story.commits if commit.attempt >= last[0].number]
-        if max(later, default=0) <= max(newest, default=0):
-            return _diagnosis(story, last, "without a new checkpoint")
+    if len(last := failures[-3 * bound :]) == 3 * bound:
+        left = [past.left for past in pasts if past.number >= last[0].number and past.left is not None]
+        if not any(later > earlier for earlier, later in pairwise(left)):
+            return _diagnosis(story, last, f"without a checkpoint beyond that of step {left[-1] if left else 0}")
     return None
+
+
+def _bound(story: Story, give_up_after: int | None) -> int:
+    return give_up_after or story.give_up_after or GIVE_UP_AFTER
+
+
+def _since_it_went_back(pasts: list[Past]) -> list[Past]:
+    """From the last attempt on that went on from an older checkpoint than the one before it had left."""
+    begin, left = 0, 0
+    for number, past in enumerate(pasts):
+        if past.resumed_from is not None and past.resumed_from < left:
+            begin = number
+        left = left if past.left is None else past.left
+    return pasts[begin:]
+
+
+def _progress(pasts: list[Past], first: Past) -> bool:
+    """Whether an attempt after `first` came further than that, or committed."""
+    later = [past for past in pasts if past.number > first.number and past.last_step]
+    return any(past.reached > first.reached or (past.left or 0) > (past.resumed_from or 0) for past in later)
 
 
 def _that_count(pasts: list[Past]) -> list[Past]:
@@ -130,20 +184,36 @@ def _is_pardoned(past: Past) -> bool:
 def _diagnosis(story: Story, failures: list[Past], what: str) -> GivenUp:
     """Each failure, and what they have in common: the host, the rank, the error."""
     said = [past.words[0] if past.words else None for past in failures]
+    # who saw another end is not whom to suspect
+    hosts = [past.host if word is None else word.host for word, past in zip(said, failures, strict=True)]
+    ranks = [None if word is None else word.rank for word in said]
+    second_hand = [word is not None and word.second_hand for word in said]
     shared = [
         _shared([past.reached for past in failures], "step"),
-        _shared([word.host if word else past.host for word, past in zip(said, failures, strict=True)], "host"),
-        _shared([word.rank if word else None for word in said], "rank"),
+        _shared([None if so else host for so, host in zip(second_hand, hosts, strict=True)], "host"),
+        _shared([None if so else rank for so, rank in zip(second_hand, ranks, strict=True)], "rank"),
+        _shared([past.silent[0] if len(past.silent) == 1 else None for past in failures], "silent rank"),
         _shared([_NUMBERS.sub("#", word.error) if word else None for word in said], "error"),
     ]
     common = "; ".join(text for text in shared if text) or "nothing: neither host nor rank nor error"
     mend = f"mend what they died of, then let it start again: resume-kit retry {story.run}"
-    problems = [
-        Problem("failure", f"attempt {past.number}, step {past.reached}, {past.host or 'host unknown'}", past.why)
-        for past in failures
-    ]
+    problems = _ends("failure", failures)
     problems.append(Problem("in common", "", common, mend))
     return GivenUp(f"the run failed {len(failures)} times {what}; another start would only fail again", problems)
+
+
+def _before_any_step(story: Story, pasts: list[Past]) -> GivenUp:
+    what = "the job is asked to stop, or ends, before its first step"
+    mend = f"give it the time to come there (--time, --signal, run.deadline), then: resume-kit retry {story.run}"
+    problems = [*_ends("attempt", pasts), Problem("first step", "", what, mend)]
+    return GivenUp(f"{len(pasts)} attempts in a row came to no step; another start would only do the same", problems)
+
+
+def _ends(check: str, pasts: list[Past]) -> list[Problem]:
+    return [
+        Problem(check, f"attempt {past.number}, step {past.reached}, {past.host or 'host unknown'}", past.why)
+        for past in pasts
+    ]
 
 
 def _shared(values: list[Hashable], name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from resume_kit.checkpoint.reading import read_index
 from resume_kit.engines import rng
 from resume_kit.engines.adapter import EngineAdapter, GateResult
 from resume_kit.engines.coordination import Coordinator
-from resume_kit.errors import CheckpointDamaged, Problem, ResumeRefused, UsageError
+from resume_kit.errors import CheckpointDamaged, Problem, ResumeRefused, TooLittleMemory, UsageError
 from resume_kit.planning.holders import format_ranks
 from resume_kit.policy.judgement import Judgement, changes_table
 from resume_kit.policy.policy import Policy
 from resume_kit.resuming import prove
 from resume_kit.resuming.gating import choose_tolerance, gate_problems, moves_the_computation, ranks_agree
 from resume_kit.resuming.load import load
+from resume_kit.resuming.patience import patiently
 from resume_kit.resuming.preflight import (
     LiveRun,
     ReadOrder,
@@ -110,8 +112,8 @@ class Resumer:
         """The newest good checkpoint, loaded and proved; None for a run that has none yet. Collective.
 
         `last_commit` is the newest commit that the journal tells of: a run that has committed never starts anew.
-        Raises `ResumeRefused` when a check says no, and `CheckpointDamaged` when no good checkpoint is left or the
-        policy forbids to fall back.
+        Raises `ResumeRefused` when a check says no, `CheckpointDamaged` when no good checkpoint is left or the policy
+        forbids to fall back, `Unreadable` for one that cannot be read now, `TooLittleMemory`.
         """
         candidates = self._coordinator.on_rank_zero("elect", lambda: names.checkpoint_steps(self._run)[::-1])
         if self._at is not None:
@@ -123,7 +125,7 @@ class Resumer:
         for step in candidates:
             directory = self._run / names.step_directory(step)
             try:
-                return self._take(directory)
+                return patiently(functools.partial(self._take, directory), directory.name, self._report)
             except CheckpointDamaged as error:
                 damage += error.problems
                 self._report.reject(directory.name, error.problems)
@@ -162,7 +164,7 @@ class Resumer:
             refusals = judgement.refusals
 
             def local() -> None:
-                problems = list(refusals)
+                problems, memory = list(refusals), list[Problem]()
                 damaged: list[Problem] = []
                 if not any(problem.check in _FOREIGN for problem in refusals):
                     try:
@@ -170,7 +172,8 @@ class Resumer:
                         read = _reader(directory, manifest, orders[0])
                         found.append(self._streams(manifest, policy, read))
                         carried.extend(carried_along(manifest, dict(self._live.topology), rank, read))
-                        problems += [*found[0].problems, *check_memory(orders[0], rank)]
+                        problems += found[0].problems
+                        memory += check_memory(orders[0], rank)
                         problems += schedule_problems(manifest, self._live, self._adapter, policy, judgement)
                     except CheckpointDamaged as damage:
                         damaged += damage.problems
@@ -183,8 +186,10 @@ class Resumer:
                     raise CheckpointDamaged(f"{directory.name} is damaged", damaged)
                 if problems or damaged:
                     raise ResumeRefused(
-                        f"{directory.name} must not be resumed by this run", [*_no_twins(problems), *damaged]
+                        f"{directory.name} must not be resumed by this run", [*_no_twins(problems), *damaged, *memory]
                     )
+                if memory:
+                    raise TooLittleMemory(f"too little memory to read {directory.name}", memory)
 
             orders: list[ReadOrder] = []
             found: list[Streams] = []

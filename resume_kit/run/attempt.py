@@ -13,12 +13,13 @@ from typing import Any
 
 from resume_kit.checkpoint import canonical, files, names
 from resume_kit.engines.coordination import Coordinator
-from resume_kit.environment import host_name
+from resume_kit.environment import host_name, started_again
 from resume_kit.errors import Fenced, Problem, ResumeKitError, SaveFailed, UsageError
 from resume_kit.recovery import attempts, grounds
 from resume_kit.recovery.attempts import Token
 from resume_kit.resuming.report import Report
 from resume_kit.run.journal import Journal, run_id_of
+from resume_kit.run.last_words import one_line, reason_of
 from resume_kit.run.retention import settle_leftovers
 
 
@@ -28,8 +29,17 @@ class Attempt:
     folder: what this attempt leaves. ground: where it prepares checkpoints. token: on rank 0 only.
     """
 
-    def __init__(self, run: Path, coordinator: Coordinator, *, take_over: bool = False, patience: float = 10.0) -> None:
+    def __init__(
+        self,
+        run: Path,
+        coordinator: Coordinator,
+        *,
+        take_over: bool = False,
+        patience: float = 10.0,
+        give_up_after: int | None = None,
+    ) -> None:
         """Collective. `patience`: seconds without a sign of life after which an older attempt is taken over.
+        `give_up_after`: written down for `resume-kit next`.
 
         Raises `RunTaken` while another attempt lives, `Fenced` when a newer one comes first, `UsageError` for a
         directory that cannot be used; alike on all ranks.
@@ -41,11 +51,19 @@ class Attempt:
         self._heartbeat: Heartbeat | None = None
         self._journal: Journal | None = None
         self.number, self.run_id = coordinator.on_rank_zero(
-            "open the run directory", lambda: self._open(take_over, patience)
+            "open the run directory", lambda: self._open(take_over, patience, give_up_after)
         )
         self.ground = names.ground(run, self.number)
         self.folder = self.ground.parent
-        coordinator.round("share the run directory", self._require_shared, lambda _: None)
+        try:
+            coordinator.round("share the run directory", self._require_shared, lambda _: None)
+        except ResumeKitError as error:
+            self._refused(error)
+            raise
+
+    def _refused(self, error: ResumeKitError | OSError) -> None:
+        """Nobody else speaks for the attempt yet."""
+        self.ended(reason_of(error, training=False), step=None, by=one_line(error))
 
     def _require_shared(self) -> None:
         if not files.is_visible(self.ground):
@@ -53,18 +71,38 @@ class Attempt:
             problem = Problem("run directory", str(self.run), what, remedy)
             raise UsageError("the run directory is not the same on every host", [problem])
 
-    def _open(self, take_over: bool, patience: float) -> tuple[int, str]:
+    def _open(self, take_over: bool, patience: float, give_up_after: int | None) -> tuple[int, str]:
         files.require_writable(self.run)
         world_size, known = self._coordinator.world_size, run_id_of(self.run)
-        token = Token.take(self.run, world_size=world_size, run_id=known, take_over=take_over, patience=patience)
+        token = Token.take(
+            self.run,
+            world_size=world_size,
+            run_id=known,
+            take_over=take_over and not self._repeated(),
+            patience=patience,
+            give_up_after=give_up_after,
+        )
         self.token, self._heartbeat = token, Heartbeat(token)
         weakref.finalize(self, self._heartbeat.stop)
+        try:
+            self._clean_up(token)
+        except (ResumeKitError, OSError) as error:
+            self._refused(error)
+            raise
+        return token.number, token.run_id
+
+    def _clean_up(self, token: Token) -> None:
         self._journal = Journal(self.run, attempt=token.number, fence=token.require)
         with attempts.fencing(token.ground):
             settle_leftovers(self.run, token.ground)
         for error in grounds.clear(token.ground):
             _warn(f"what a dead attempt left could not be deleted: {error}")
-        return token.number, token.run_id
+
+    def _repeated(self) -> bool:
+        """Whether the order to take over was for an earlier start: obeyed at each, two jobs would fight for the run."""
+        if started_again():
+            _warn("take_over is for the first start of a job; this one was started again by SLURM or torchrun")
+        return started_again()
 
     def watch(self, *, on_stop: Callable[[dict[str, Any]], None], on_superseded: Callable[[int], None]) -> None:
         """Have requests to stop, and that a newer attempt has come, told on rank 0: once each, from another thread."""

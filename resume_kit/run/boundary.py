@@ -8,6 +8,7 @@ from collections.abc import Callable
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.errors import Fenced
 from resume_kit.recovery import intervals
+from resume_kit.recovery.exits import Exit
 from resume_kit.run.attempt import Attempt
 from resume_kit.run.guards import Guards
 from resume_kit.run.saves import Saves
@@ -76,19 +77,19 @@ class Boundary:
         if agreed.stop:
             self._stop(step, agreed, save=True)
         if agreed.save:
-            self._schedule.begun()
-            self._saves.scheduled(step)
+            self._saves.scheduled(step, self._schedule.begun, insists=self._schedule.insists)
         self._left = time.monotonic()
         if saving or agreed.save:
             self._pace.blocked(self._left - began)
 
     def _stop(self, step: int, agreed: Agreed, *, save: bool) -> None:
         if agreed.stop is Stop.SUPERSEDED:
-            self._guards.stand_down()
+            self._guards.over(Exit.FENCED)
             self._coordinator.on_rank_zero("superseded", self._require)
         began = time.monotonic()
         by = self._coordinator.on_rank_zero("why it stops", lambda: self._guards.reasons.describe(agreed))
         if save:
+            self._saves.settle()  # one that failed does not keep the last from being tried
             self._saves.now("committed")
         seconds = agreed.age + time.monotonic() - began
         self._attempt.record("preempt", {"step": step, "by": by, "seconds": seconds})
@@ -98,7 +99,9 @@ class Boundary:
         self._saves.close()
         self._guards.stand_down()
         self._coordinator.depart()
-        raise Preempted(step, by)
+        stop = Preempted(step, by)
+        self._guards.over(stop.status)
+        raise stop
 
     def _expected_mtbf(self) -> float:
         if self._mtbf_hours is not None:

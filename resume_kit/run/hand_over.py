@@ -28,9 +28,11 @@ class HandOver:
     coordinator: Coordinator
     unchecked: bool = False
 
-    def go_on_from(self, resumption: Resumption, report: Report, seconds: Mapping[str, float]) -> None:
-        """Journal the resume; `seconds` by phase, besides the report's. The RNG is looked at once more at the first
-        batch. Collective.
+    def go_on_from(
+        self, resumption: Resumption, report: Report, seconds: Mapping[str, float], *, at: int | None = None
+    ) -> None:
+        """Journal the resume; `seconds` by phase, besides the report's. `at`: the step that was asked for by number.
+        The RNG is looked at once more at the first batch. Collective.
         """
         contents, attempt, manifest = self.contents, self.contents.attempt, resumption.manifest
         contents.kept.restore(resumption.state, manifest.step)
@@ -46,6 +48,7 @@ class HandOver:
             {
                 **contents.facts.journaled(),
                 "step": manifest.step,
+                "at": at,
                 "target_step": manifest.step + 1,
                 "lineage": contents.lineage.to_plain(),
                 "seconds": {**seconds, **report.seconds},

@@ -97,29 +97,9 @@ def read_journal(run: Path) -> Iterator[dict[str, Any]]:
     return (event for event in JournalLines(run) if event["event"] in EVENTS)
 
 
-def unreadable_lines(run: Path) -> int:
-    """Lines of the journal that are no event, besides those that a crash may cut off: each attempt's last."""
-    path = run / JOURNAL
-    if not path.exists():
-        return 0
-    bad, suspect = 0, False
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            record = json.loads(line) if line else None
-        except (ValueError, RecursionError):
-            bad += suspect
-            suspect = True
-            continue
-        if record is not None:
-            starts = isinstance(record, dict) and record.get("event") == "start"
-            bad += suspect and not starts
-            suspect = False
-    return bad
-
-
 def last_commit(run: Path) -> int | None:
     """Step of the newest commit that the journal tells of; None for a run that never committed."""
-    return max((int(event["step"]) for event in read_journal(run) if event["event"] == "commit"), default=None)
+    return max((int(event["step"]) for event in JournalLines(run, {"commit"})), default=None)
 
 
 def last_attempt(run: Path) -> int:

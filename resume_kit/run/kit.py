@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,9 +17,10 @@ from resume_kit.engines.choose import adapter_for
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.engines.forward import to_device
 from resume_kit.environment import process_started, software_versions
-from resume_kit.errors import Problem, ResumeKitError, UsageError
+from resume_kit.errors import CheckpointDamaged, Problem, ResumeKitError, Unreadable, UsageError
 from resume_kit.policy.judgement import Judgement
 from resume_kit.policy.policy import Policy
+from resume_kit.recovery.events import JournalLines
 from resume_kit.recovery.rules import require_hope
 from resume_kit.resuming.audit import Lineage, ReplayAudit, recorded_steps
 from resume_kit.resuming.gating import choose_tolerance
@@ -35,7 +35,8 @@ from resume_kit.run.facts import Facts
 from resume_kit.run.figures import Steps
 from resume_kit.run.guards import Guards
 from resume_kit.run.hand_over import HandOver, restore_data_and_user_state
-from resume_kit.run.journal import last_commit, number, read_journal, unreadable_lines
+from resume_kit.run.journal import last_commit, number
+from resume_kit.run.orders import obeyed_before
 from resume_kit.run.protocols import ResumableData, Stateful
 from resume_kit.run.retention import Retention
 from resume_kit.run.saves import Saves
@@ -43,6 +44,8 @@ from resume_kit.run.schedule import Every
 from resume_kit.run.stopping import Deadline
 from resume_kit.saving.options import Returns, Saving
 from resume_kit.saving.save import Commit
+
+T = TypeVar("T")
 
 
 class ResumeKit:
@@ -66,7 +69,7 @@ class ResumeKit:
     deadline: Unix seconds by which this process will be ended: the run is saved and stops before. None takes
         RESUME_KIT_DEADLINE or the end of the SLURM job from the environment; `math.inf` stops for neither.
     give_up_after: so many attempts that failed at the same step are followed by no other.
-    take_over: take the run directory from an attempt that seems alive.
+    take_over: take the run directory from an attempt that seems alive; a start that SLURM or torchrun repeats does not.
     show: called on rank 0 with the text of each report.
 
     SIGTERM, SIGUSR1, SIGUSR2, `resume-kit stop` and the deadline make all ranks save at the end of the step and raise
@@ -99,6 +102,8 @@ class ResumeKit:
         take_over: bool = False,
         show: Callable[[str], None] = print,
     ) -> None:
+        if give_up_after < 1:
+            raise UsageError(f"give_up_after is {give_up_after}; it must be at least 1")
         began, every, ends = time.time(), Every.parse(save_every), Deadline.of(deadline)
         self.policy = policy or Policy()
         self.report: Report | None = None
@@ -115,6 +120,10 @@ class ResumeKit:
             "save_every": save_every,
             "saving": asdict(self._saving),
             "run_dir": str(run_dir),
+            "mtbf_hours": mtbf_hours,
+            "timeout": timeout,
+            "hang_after": hang_after is None,
+            "give_up_after": give_up_after,
         }
         self._coordinator.round(
             "same run on every rank",
@@ -122,8 +131,8 @@ class ResumeKit:
             one_run,
         )
         self._coordinator.on_rank_zero("earlier attempts", lambda: require_hope(Path(run_dir), give_up_after))
-        self._attempt = Attempt(Path(run_dir), self._coordinator, take_over=take_over)
-        self._guards = Guards(self._attempt, self._coordinator.rank, hang_after)
+        self._attempt = Attempt(Path(run_dir), self._coordinator, take_over=take_over, give_up_after=give_up_after)
+        self._guards = Guards(self._attempt, self._coordinator, hang_after)
         self._attempt.start(
             {
                 **self._facts.journaled(),
@@ -189,13 +198,14 @@ class ResumeKit:
     def resume(self, *, at: int | None = None) -> int:
         """Bring the run back and prove it; return the number of optimizer steps already taken (0 for a new run).
 
-        `at` names the step of the checkpoint to take instead of the newest good one. Collective.
-        Raises `ResumeRefused` or `CheckpointDamaged`, alike on all ranks, when training must not go on, and
-        `Preempted` when a stop was asked for meanwhile.
+        `at` names the step of the checkpoint to take instead of the newest good one. Where SLURM or torchrun starts the
+        same command again it is not obeyed once more: the run then goes on from the newest. Collective.
+        Raises `ResumeRefused` or `CheckpointDamaged`, alike on all ranks, when training must not go on, `Unreadable` or
+        `TooLittleMemory` for what may pass, and `Preempted` when a stop was asked for meanwhile.
         """
         report = Report(run=str(self.run_dir), attempt=self.attempt)
         self._guards.watchdog.arm()
-        with self._waiting("in resume()", sign=lambda: len(report.checks)):
+        with self._guards.waiting("in resume()", sign=lambda: len(report.checks)):
             step = self._resume(report, at)
             self._boundary.begin(step)
         return step
@@ -206,6 +216,8 @@ class ResumeKit:
         self._saves.forget()
         self._audit = None  # no step() before this has come to a good end
         self.report = report
+        before = None if at is None else self._of_journal("orders", lambda: obeyed_before(self.run_dir, at))
+        order = at if before is None else None
         resumer = Resumer(
             self.run_dir,
             adapter=self._adapter,
@@ -217,13 +229,11 @@ class ResumeKit:
             restore_run=self._restore_run,
             data_position=lambda: self._data.position,
             seed=int(self._facts.fingerprint.get("seed", 0)),
-            at=at,
+            at=order,
         )
         try:
             self._coordinator.round("host memory", self._saves.require_memory, lambda _: None)
-            resumption = resumer.resume(
-                self._coordinator.on_rank_zero("last commit", lambda: last_commit(self.run_dir))
-            )
+            resumption = resumer.resume(self._of_journal("last commit", lambda: last_commit(self.run_dir)))
         except ResumeKitError as error:
             report.failed("refused", error.problems)
             report.decision = f"refused: {error.headline}"
@@ -238,8 +248,8 @@ class ResumeKit:
             self._contents.lineage = Lineage.of_state(canonical.decode(resumption.manifest.state)).after(
                 resumption.judgement, step
             )
-        recorded, unreadable = self._coordinator.on_rank_zero(
-            "journal", lambda: (_recorded(self.run_dir, step, self._contents.lineage), unreadable_lines(self.run_dir))
+        recorded, unreadable = self._of_journal(
+            "journal", lambda: _recorded(self.run_dir, step, self._contents.lineage)
         )
         whole = sum("loss" in event for event in recorded)
         what = f"{whole} with all figures, tolerance {tolerance}; {len(recorded) - whole} with their samples only"
@@ -249,7 +259,11 @@ class ResumeKit:
         if resumption is None:
             self._contents.kept.begin(applied(self.policy))
         else:
-            self._hand_over.go_on_from(resumption, report, {**self._seconds, "resume": time.time() - began})
+            if before is not None:
+                what = f"step {at}: attempt {before} of this very job went back there; this one goes on from the newest"
+                report.warned("hand-over", "asked for", what)
+            seconds = {**self._seconds, "resume": time.time() - began}
+            self._hand_over.go_on_from(resumption, report, seconds, at=order)
             self._saves.prepare()
         self._steps.start()
         self._audit = ReplayAudit(
@@ -287,8 +301,9 @@ class ResumeKit:
         for problem in warnings:
             if self._coordinator.rank == 0:
                 self._show(f"warning: {problem}")
-        with self._waiting("saving"):
-            self._saves.stepped(figures.saved, updated=self._adapter.updates > 0)
+        with self._guards.waiting("saving"):
+            stopping = bool(figures.agreed.stop)
+            self._saves.stepped(figures.saved, updated=self._adapter.updates > 0, stopping=stopping)
             self._boundary.passed(record["step"], figures.agreed)
         return record
 
@@ -304,7 +319,7 @@ class ResumeKit:
         """
         if self._audit is None:
             raise UsageError("call resume() before save()")
-        with self._waiting("in save()"):
+        with self._guards.waiting("in save()"):
             return self._saves.now(returns)
 
     def wait(self) -> Commit | None:
@@ -312,22 +327,29 @@ class ResumeKit:
 
         A `step()` may have found it committed already, see `last_commit`. Raises its failure, alike on all ranks.
         """
-        with self._waiting("in wait()"):
+        with self._guards.waiting("in wait()"):
             return self._saves.wait()
 
     def close(self) -> None:
         """Wait for a save that is under way, and journal the end of the run. Call it once training is done."""
         step, replayed = self._adapter.step, self._audit.checked if self._audit else 0
-        with self._waiting("in close()"):
+        with self._guards.waiting("in close()"):
             self._saves.close()
             self._attempt.record("end", {"step": step, "samples": self._data.position, "steps_replayed": replayed})
         self._attempt.ended("finished", step=step)
         self._guards.close()
         self._coordinator.depart()
 
-    def _waiting(self, place: str, sign: Callable[[], object] | None = None) -> AbstractContextManager[None]:
-        """For the watchdog: what the kit waits for itself has bounds of its own, of up to twice the timeout."""
-        return self._guards.watchdog.within(place, sign=sign, more=2 * self._coordinator.timeout)
+    def _of_journal(self, name: str, read: Callable[[], T]) -> T:
+        """What rank 0 reads in the journal. Torn lines are passed over: a fault is not of what was written there."""
+
+        def on_rank_zero() -> T:
+            try:
+                return read()
+            except CheckpointDamaged as error:
+                raise Unreadable(error.headline, error.problems) from error
+
+        return self._coordinator.on_rank_zero(name, on_rank_zero)
 
     def _audited(self, record: Mapping[str, Any]) -> list[Problem]:
         assert self._audit is not None
@@ -346,6 +368,8 @@ class ResumeKit:
         restore_data_and_user_state(self._data, self._user_state, manifest, judgement, self.policy)
 
 
-def _recorded(run: Path, step: int, lineage: Lineage) -> list[dict[str, Any]]:
-    recorded = recorded_steps(read_journal(run), step, lineage)
-    return [{name: number(value) for name, value in event.items()} for event in recorded]
+def _recorded(run: Path, step: int, lineage: Lineage) -> tuple[list[dict[str, Any]], int]:
+    """What is recorded of the steps after `step`, and how many lines cannot be read: in one pass."""
+    lines = JournalLines(run)
+    recorded = recorded_steps(lines, step, lineage)
+    return [{name: number(value) for name, value in event.items()} for event in recorded], lines.unreadable

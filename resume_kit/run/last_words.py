@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 import weakref
@@ -17,6 +19,7 @@ from typing import Literal, Protocol
 from resume_kit.checkpoint import files
 from resume_kit.environment import host_name
 from resume_kit.errors import CheckpointDamaged, Fenced, ResumeKitError, ResumeRefused, UsageError
+from resume_kit.recovery.attempts import ASKED
 
 Kind = Literal["failed", "hung", "fenced"]
 
@@ -36,14 +39,16 @@ class Endable(Protocol):
 class LastWords:
     """Of one rank; the first are kept. From now on an uncaught exception has its words recorded too.
 
-    `step`, the optimizer steps taken, is kept up by who counts them. The attempt is not kept alive.
+    `step`, the optimizer steps taken, is kept up by who counts them, and `training`: the resume is behind it. The
+    attempt is not kept alive. A process that is forked off says nothing.
     """
 
     def __init__(self, attempt: Endable, rank: int) -> None:
         global _speaker
         self.path = attempt.folder / f"rank-{rank:05d}.json"
         self.stacks = attempt.folder / f"rank-{rank:05d}.stacks.txt"
-        self.rank, self.step = rank, 0
+        self.rank, self.step, self.training = rank, 0, False
+        self._pid = os.getpid()
         self._attempt = weakref.ref(attempt)
         self._spoken = False
         self._previous_hook = sys.excepthook
@@ -52,13 +57,13 @@ class LastWords:
 
     def record(self, error: BaseException | str, kind: Kind = "failed", step: int | None = None) -> None:
         """Write why this rank ends; on rank 0 also that the attempt does. Never raises: worse has happened."""
-        if self._spoken:
+        if self._spoken or os.getpid() != self._pid:
             return
         self._spoken = True
         step = self.step if step is None else step
         if isinstance(error, Fenced):
             kind = "fenced"
-        text = error if isinstance(error, str) else _one_line(error)
+        text = error if isinstance(error, str) else one_line(error)
         words = {"rank": self.rank, "step": step, "kind": kind, "error": text, "time": time.time()}
         with suppress(Exception):
             files.write_durably(self.path, json.dumps({**words, "host": host_name()}).encode())
@@ -67,7 +72,19 @@ class LastWords:
                 self.stacks.unlink(missing_ok=True)
         with suppress(Exception):
             if attempt := self._attempt():
-                attempt.ended(_reason(error, kind), step=step, by=text)
+                attempt.ended(self._reason(error, kind), step=step, by=text)
+
+    def asked(self, name: str) -> None:
+        """Leave word of the signal that asked for a stop, unless another rank has. Should the scheduler kill the ranks
+        before they have saved, it is known that they did not fail. Never raises."""
+        with suppress(Exception):
+            word = json.dumps({"signal": name, "rank": self.rank, "time": time.time()}).encode() + b"\n"
+            descriptor = os.open(self.path.parent / ASKED, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            try:
+                os.write(descriptor, word)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def of_any(self) -> str:
         """The last words of some rank, if there are any."""
@@ -87,7 +104,13 @@ class LastWords:
 
     def _hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         self.record(error)
+        with suppress(ValueError):  # in the main thread: what follows is clean-up, and a launcher may want to end that
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._previous_hook(kind, error, trace)
+
+    def _reason(self, error: BaseException | str, kind: Kind) -> str:
+        """How the attempt ended, see `reason_of`."""
+        return "fenced" if kind == "fenced" else reason_of(error, training=self.training)
 
 
 _speaker: LastWords | None = None
@@ -99,13 +122,14 @@ def record(error: BaseException | str, kind: Kind = "failed", step: int | None =
         _speaker.record(error, kind, step)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     lines = (error.headline if isinstance(error, ResumeKitError) else str(error)).strip().splitlines()
     return ": ".join([type(error).__name__, *lines[:1]])[:_LONGEST]
 
 
-def _reason(error: BaseException | str, kind: Kind) -> str:
-    """How the attempt ended: what starting again cannot mend was refused."""
-    if kind == "fenced":
-        return "fenced"
-    return "refused" if isinstance(error, ResumeRefused | CheckpointDamaged | UsageError) else "failed"
+def reason_of(error: BaseException | str, *, training: bool) -> str:
+    """How an attempt ended. refused: by the checks of the configuration, the resume or the replay, so that starting
+    again cannot mend it. What else goes wrong may pass, and is bounded by giving up.
+    """
+    lasting = ResumeRefused if training else ResumeRefused | CheckpointDamaged | UsageError
+    return "refused" if isinstance(error, lasting) else "failed"

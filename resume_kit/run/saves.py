@@ -8,6 +8,7 @@ from pathlib import Path
 
 from resume_kit.engines.adapter import EngineAdapter, ModelDescription
 from resume_kit.engines.coordination import Coordinator
+from resume_kit.errors import Fenced, ResumeKitError
 from resume_kit.recovery.attempts import fencing
 from resume_kit.run.attempt import Attempt
 from resume_kit.run.retention import Retention, prune
@@ -46,6 +47,7 @@ class Saves:
         self._first = coordinator.rank == 0
         self._prepared = False
         self._noted = False
+        self._skipped: int | None = None
         self._since_gate: int | None = None
         self._saver = Saver(adapter, coordinator, description, options, journal=self)
 
@@ -54,18 +56,18 @@ class Saves:
         self._saver.forget()
 
     def require_memory(self) -> None:
-        """Raise `UsageError` when this host cannot hold what its ranks will stage. Before any training."""
+        """Raise `TooLittleMemory` when this host cannot hold what its ranks will stage. Before any training."""
         self._saver.require_memory()
 
-    def stepped(self, saved: SaveState, *, updated: bool) -> None:
+    def stepped(self, saved: SaveState, *, updated: bool, stopping: bool = False) -> None:
         """After each optimizer step. `saved`: how the pending save stands, taken over all ranks. `updated`: some step
-        has updated the weights, so that the optimizer has its state.
+        has updated the weights, so that the optimizer has its state. `stopping`: the run stops here.
 
-        Raises that save's failure, alike on all ranks.
+        Raises that save's failure, alike on all ranks; not where the run stops, since it is then saved once more.
         """
         self._saver.stepped()
         if saved is not SaveState.RUNNING:
-            self.wait(failed=saved is SaveState.FAILED)
+            (self.settle if stopping else self.wait)(failed=saved is SaveState.FAILED)
         if not self._prepared and updated:
             self.prepare()
 
@@ -84,17 +86,21 @@ class Saves:
         """How this rank's part of a pending save stands."""
         return self._saver.state
 
-    def scheduled(self, step: int) -> None:
-        """A save that the schedule asks for."""
+    def scheduled(self, step: int, begun: Callable[[], None] = lambda: None, *, insists: bool = False) -> None:
+        """A save that the schedule asks for; `begun` is called when there is one. `insists`: it asks at every step."""
         if self._saver.busy:
             if self._options.when_busy == "skip":
                 pending = self._saver.pending_step
+                if insists and pending == self._skipped:
+                    return
+                self._skipped = pending
                 self._say(f"step {step}: no save, that of step {pending} is still being written")
                 self._attempt.record_soon("skip", {"step": step, "pending": pending})
                 return
             began = time.perf_counter()
             self.wait()
             self._say(f"step {step}: waited {time.perf_counter() - began:.1f} s for the save before")
+        begun()
         self.now(self._options.returns)
 
     def now(self, returns: Returns) -> Commit | None:
@@ -114,6 +120,15 @@ class Saves:
             self._noted = True
             self._say(f"warning: {self._saver.note}")
         return self.last
+
+    def settle(self, *, failed: bool = False) -> None:
+        """Wait for the pending save; its failure is told, and not raised."""
+        try:
+            self.wait(failed=failed)
+        except Fenced:
+            raise
+        except ResumeKitError as error:
+            self._say(f"warning: the save before failed: {error.headline}")
 
     def close(self) -> None:
         """Wait for the pending save and give the host memory back."""

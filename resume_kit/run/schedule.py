@@ -90,6 +90,11 @@ class Schedule:
     def auto(self) -> bool:
         return self._every == Every()
 
+    @property
+    def insists(self) -> bool:
+        """Whether a save that is due and not begun is due again at the next step: by the clock."""
+        return self._every is not None and not self._every.steps
+
     def start(self, step: int, mtbf: float | None) -> None:
         """Training goes on after `step`; `mtbf`: seconds between failures to expect, for "auto"."""
         self._first, self._mtbf = step + self.FIRST, mtbf

@@ -6,23 +6,24 @@ exchange, so that all of them save and end at the same step, or none.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import select
 import signal
-import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from resume_kit.environment import deadline, under_torchrun
 from resume_kit.errors import Problem, UsageError
 from resume_kit.recovery.exits import Exit
+from resume_kit.run.ending import end_process
 
 
 class Stop(IntEnum):
@@ -45,7 +46,8 @@ class Preempted(SystemExit):
     """
 
     def __init__(self, step: int, by: str) -> None:
-        super().__init__(int(Exit.FINISHED if under_torchrun() else Exit.PREEMPTED))
+        self.status = int(Exit.FINISHED if under_torchrun() else Exit.PREEMPTED)
+        super().__init__(self.status)
         self.step, self.by = step, by
 
 
@@ -131,23 +133,44 @@ class Reasons:
         return f"{by}: {text}" if text else by
 
 
+class Outlook(Protocol):
+    """What a rank knows of whether a step boundary will come."""
+
+    def asked(self, name: str) -> None:
+        """The first signal has come. In a thread of its own: it may write."""
+
+    def hopeless(self) -> str:
+        """Why none will come, if that is known. Asked every second after the first signal; it may read files."""
+
+    def overdue(self) -> str:
+        """Why none is to be waited for any longer after SIGTERM, if so. Without files: they may be what hangs."""
+
+    def failed(self, why: str) -> None:
+        """The process ends over this."""
+
+
 class StopSignals:
     """Takes SIGTERM, SIGUSR1 and SIGUSR2 as reasons to stop. For the main thread; elsewhere `note` says so.
 
     A second one, more than `GAP` seconds after the first, ends the process at once: within that time it is the same,
     passed on by a launcher and by the scheduler. A thread of its own reads them, so that this holds also while the
     main thread waits in a collective, where Python runs no handler.
-    After the first, the process also ends when `hopeless()` says why no boundary will come: this rank or another has
-    failed, and what is left of it only waits, while its launcher wants to start anew.
+    After the first, the process also ends when the outlook is that no boundary will come: this rank or another has
+    failed or died, and what is left of it only waits, while its launcher wants to start anew.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     GAP = 3.0
+    #: Seconds that a process may take to end once its run is over.
+    EXIT_WITHIN = 120.0
     _POLL = 1.0
 
-    def __init__(self, reasons: Reasons, hopeless: Callable[[], str] = str) -> None:
-        self._reasons, self._hopeless = reasons, hopeless
+    def __init__(self, reasons: Reasons, outlook: Outlook) -> None:
+        self._reasons, self._outlook = reasons, outlook
         self._previous: dict[signal.Signals, Any] = {}
+        self._closed = threading.Event()
+        self._code: int | None = None
+        self._bound: threading.Timer | None = None
         self.note = ""
         if threading.current_thread() is not threading.main_thread():
             self.note = "the kit was not made in the main thread: signals do not save the run, they end it"
@@ -159,8 +182,20 @@ class StopSignals:
         os.register_at_fork(after_in_child=self._in_child)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
+    def over(self, code: int) -> None:
+        """The run has ended, the process is about to, with `code`: any signal ends it at once, and so does time."""
+        self._code = code
+        if self._bound is None:
+            text = f"resume_kit: the run is over, but not its process after {self.EXIT_WITHIN:g} s; it ends now"
+            self._bound = threading.Timer(self.EXIT_WITHIN, end_process, [code, text])
+            self._bound.daemon = True
+            self._bound.start()
+
     def close(self) -> None:
         """Give the signals back to whom they belonged."""
+        self._closed.set()
+        if self._bound is not None:
+            self._bound.cancel()
         if not self._previous:
             return
         for number, handler in self._previous.items():
@@ -170,25 +205,52 @@ class StopSignals:
         os.close(self._writer)
 
     def _listen(self) -> None:
-        first: float | None = None
+        try:
+            self._serve()
+        except Exception:
+            traceback.print_exc()
+            # signal.signal is for the main thread, which may wait in a collective; a signal that nobody reads must kill
+            for number in self.SIGNALS:
+                ctypes.CDLL(None).signal(int(number), None)
+
+    def _serve(self) -> None:
+        poll = select.poll()  # select() takes no descriptor beyond 1,023, and a mesh of 1,000 ranks has more
+        poll.register(self._reader, select.POLLIN)
+        first: tuple[int, float] | None = None
         while True:
-            ready = select.select([self._reader], [], [], None if first is None else self._POLL)[0]
+            ready = poll.poll(None if first is None else 1000 * self._POLL)
+            waited = first is not None and first[0] == signal.SIGTERM and self._code is None
+            if waited and (why := self._outlook.overdue()):
+                self._despair(why)
             if not ready:
-                if why := self._hopeless():
-                    _end(f"stopped by a signal; no step will come to its end: {why}", Exit.FAILED)
                 continue
             byte = os.read(self._reader, 1)
             if not byte:
                 break
             if byte[0] not in self.SIGNALS:
                 continue
-            name = signal.Signals(byte[0]).name
-            if first is None:
-                first = time.monotonic()
-                self._reasons.add(Stop[name])
-            elif time.monotonic() - first > self.GAP:
-                _end(f"{name}, the second signal: ended at once; the last commit stands", 128 + byte[0])
+            name, now = signal.Signals(byte[0]).name, time.monotonic()
+            if first is not None and now - first[1] <= self.GAP:
+                continue
+            if self._code is not None:
+                end_process(self._code, f"resume_kit: {name}: the run is over, its process ends at once")
+            if first is not None:
+                text = f"resume_kit: {name}, the second signal: ended at once; the last commit stands"
+                end_process(128 + byte[0], text)
+            first = byte[0], now
+            self._reasons.add(Stop[name])
+            threading.Thread(target=self._outlook.asked, args=(name,), daemon=True).start()
+            threading.Thread(target=self._look, name="outlook", daemon=True).start()
         os.close(self._reader)
+
+    def _look(self) -> None:
+        while not self._closed.wait(self._POLL):
+            if self._code is None and (why := self._outlook.hopeless()):
+                self._despair(why)
+
+    def _despair(self, why: str) -> None:
+        text = f"resume_kit: stopped by a signal; no step will come to its end: {why}"
+        end_process(Exit.FAILED, text, lambda: self._outlook.failed(why))
 
     def _in_child(self) -> None:
         """A data worker tells nobody, dies of SIGTERM as ever, and lives on when the whole job gets SIGUSR1."""
@@ -199,9 +261,3 @@ class StopSignals:
 
 def _leave_it_to_the_thread(_number: int, _frame: FrameType | None) -> None:
     """The interpreter has written the number into the pipe."""
-
-
-def _end(text: str, code: int) -> None:
-    with suppress(OSError, ValueError):
-        print(f"resume_kit: {text}", file=sys.stderr, flush=True)
-    os._exit(code)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import os
 import sys
 import threading
 import time
@@ -13,22 +12,22 @@ from typing import TextIO
 
 from resume_kit.errors import UsageError
 from resume_kit.recovery.exits import Exit
+from resume_kit.run.ending import end_process
 from resume_kit.run.last_words import LastWords
 
 
 class Watchdog:
     """Bounds the time between two signs of progress, in seconds; None watches nothing.
 
-    A thread looks at the time that passed while it ran itself, so a process that was stopped (SIGSTOP, a laptop that
-    slept) is not taken for hung. While some call keeps the interpreter's lock no Python thread runs: then a thread of
-    faulthandler, in C, ends the process `SLACK` seconds after the bound. It can leave nothing but the stacks, exits
-    with 1, and does count time in which the process was stopped. There is one such timer in a process: whoever else
-    calls `faulthandler.dump_traceback_later` takes it.
+    A thread looks at the time that passed while it ran itself, so a process that was stopped (SIGSTOP, a job that
+    SLURM suspends) is not taken for hung. While some call keeps the interpreter's lock no Python thread runs: then a
+    thread of faulthandler, in C, ends the process `SLACK` seconds after the bound. It can leave nothing but the stacks,
+    exits with 1, and does count time in which the process was stopped: so `SLACK` is longer than a job is suspended
+    for, as a rule. The other ranks' watchdogs, which miss this one, do not wait for it. There is one such timer in a
+    process: whoever else calls `faulthandler.dump_traceback_later` takes it.
     """
 
-    SLACK = 60.0
-    #: Seconds that the last words may take: the file system may be what hangs.
-    _WORDS = 10.0
+    SLACK = 6 * 3600.0
 
     def __init__(self, bound: float | None, words: LastWords) -> None:
         if bound is not None and not bound > 0:
@@ -49,6 +48,11 @@ class Watchdog:
             self._stacks = self._words.stacks.open("w")
         self._off = threading.Event()
         threading.Thread(target=self._watch, args=(self._off,), name="watchdog", daemon=True).start()
+
+    @property
+    def signs(self) -> int:
+        """How many signs of progress there have been."""
+        return self._signs
 
     def alive(self) -> None:
         """A sign of progress. Costs nothing."""
@@ -103,19 +107,14 @@ class Watchdog:
         step = self._words.step
         place = self._place or f"in the training code since step {step}"
         text = f"no progress for {allowed:g} s, {place}"
-        with suppress(OSError, ValueError):
-            print(
-                f"\nERROR: rank {self._words.rank} hangs: {text}\n"
-                f"    → stacks of its threads: {self._words.stacks}\n"
-                f"    → it ends now with exit code {int(Exit.HUNG)}; the last commit stands\n"
-                "    → if nothing was wrong, raise hang_after, or call kit.alive() in loops that do not call step()",
-                file=sys.stderr,
-                flush=True,
-            )
-        writer = threading.Thread(target=self._write, args=(text, step), daemon=True)
-        writer.start()
-        writer.join(self._WORDS)
-        os._exit(Exit.HUNG)
+        end_process(
+            Exit.HUNG,
+            f"\nERROR: rank {self._words.rank} hangs: {text}\n"
+            f"    → stacks of its threads: {self._words.stacks}\n"
+            f"    → it ends now with exit code {int(Exit.HUNG)}; the last commit stands\n"
+            "    → if nothing was wrong, raise hang_after, or call kit.alive() in loops that do not call step()",
+            lambda: self._write(text, step),
+        )
 
     def _write(self, text: str, step: int) -> None:
         with suppress(OSError, ValueError):

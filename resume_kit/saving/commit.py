@@ -11,7 +11,7 @@ from resume_kit.checkpoint import canonical, files, names
 from resume_kit.checkpoint.index import RankIndex, parse_index
 from resume_kit.checkpoint.manifest import Manifest, RankEntry
 from resume_kit.engines import rng
-from resume_kit.errors import InconsistentState, Problem, SaveFailed
+from resume_kit.errors import CheckpointDamaged, InconsistentState, Problem, SaveFailed
 from resume_kit.integrity.assembly import assemble, require_state
 from resume_kit.planning.holders import holders_of
 from resume_kit.saving.capture import Capture
@@ -22,7 +22,8 @@ def commit_checkpoint(capture: Capture, written: list[dict[str, Any]], staging: 
     """On rank 0, after all have written: check the whole, write the manifest, publish. Returns total bytes."""
     request, differing = capture.account.request, capture.differing
     replicas = [replica for replica in capture.holdings.replicas if replica.restored]
-    indices = [_read_back(staging, rank, account) for rank, account in enumerate(written)]
+    late = time.monotonic() + files.VISIBLE_WITHIN  # for all of them together
+    indices = [_read_back(staging, rank, account, late) for rank, account in enumerate(written)]
     whole = {r.spec.key for r in replicas if r.spec.key not in differing}
     own = {own_name(r, rank).spec.key for r in replicas if r.spec.key in differing for rank in range(len(written))}
     assembly = assemble(indices, whole | own)
@@ -74,9 +75,12 @@ def commit_checkpoint(capture: Capture, written: list[dict[str, Any]], staging: 
     return manifest.total_bytes
 
 
-def _read_back(staging: Path, rank: int, account: Mapping[str, Any]) -> RankIndex:
+def _read_back(staging: Path, rank: int, account: Mapping[str, Any], deadline: float) -> RankIndex:
     path = staging / names.index_file(rank)
-    raw = files.read_when_visible(path, account["bytes"])
+    try:
+        raw = files.read_when_visible(path, account["bytes"], deadline)
+    except CheckpointDamaged as error:  # nothing was committed that could be damaged
+        raise SaveFailed("an index did not arrive", error.problems) from error
     if canonical.digest(raw) != account["digest"]:
         raise SaveFailed(
             "an index did not arrive as it was written",

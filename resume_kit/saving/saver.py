@@ -19,7 +19,7 @@ from resume_kit.engines import casts, fingerprint
 from resume_kit.engines.adapter import EngineAdapter, ModelDescription
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.environment import available_memory, local_world_size
-from resume_kit.errors import Problem, ResumeKitError, SaveFailed, UsageError
+from resume_kit.errors import Problem, ResumeKitError, SaveFailed, TooLittleMemory, UsageError
 from resume_kit.policy.judgement import MODEL_KINDS
 from resume_kit.saving.arena import Arena, memory_problems
 from resume_kit.saving.capture import (
@@ -112,12 +112,12 @@ class Saver:
         return None if self._pending is None else self._pending.step
 
     def require_memory(self) -> None:
-        """Raise `UsageError` when the ranks of this host will need more memory than it has. No communication."""
+        """Raise `TooLittleMemory` when the ranks of this host will need more than it has. No communication."""
         expected = expected_bytes(self._holdings(self._adapter.pieces(), self._adapter.replicas()))
         more, free = self._options.arena_bytes(expected) - self._arena.nbytes, available_memory()
         problems = memory_problems(max(0, more), local_world_size(), free)
         if problems:
-            raise UsageError("this host has too little memory to stage checkpoints", problems)
+            raise TooLittleMemory("this host has too little memory to stage checkpoints", problems)
 
     def prepare(self) -> None:
         """Allocate host memory for what this rank holds now, and compile kernels, in the background."""

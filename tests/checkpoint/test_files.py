@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -561,6 +562,31 @@ def test_a_file_that_never_comes_is_damage_after_the_bound(tmp_path: Path, monke
     monkeypatch.setattr(files, "VISIBLE_WITHIN", 0.1)
     with pytest.raises(CheckpointDamaged, match="every host must see what another has written"):
         files.read_when_visible(tmp_path / "rank-00001.index.json", 5)
+
+
+def test_many_late_files_are_waited_for_together(tmp_path: Path) -> None:
+    began = time.monotonic()
+    for number in range(3):
+        with pytest.raises(CheckpointDamaged):
+            files.read_when_visible(tmp_path / f"rank-0000{number}.index.json", 5, began + 0.3)
+    assert 0.3 <= time.monotonic() - began < 0.9
+
+
+def test_a_name_that_a_client_believes_is_not_there_is_looked_for_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an NFS client: a name that was not there is asked for again once its directory is listed."""
+    ground, listdir, listed = tmp_path / "attempts" / "000001" / "ground", os.listdir, []
+    ground.parent.parent.mkdir()
+
+    def look(directory: Any) -> list[str]:
+        listed.append(directory)
+        ground.mkdir(parents=True, exist_ok=True)
+        return listdir(directory)
+
+    monkeypatch.setattr(files, "VISIBLE_WITHIN", 5.0)
+    monkeypatch.setattr(os, "listdir", look)
+    assert files.is_visible(ground) and listed == [ground.parent.parent]
 
 
 def test_nothing_is_waited_for_in_a_directory_that_is_gone(tmp_path: Path) -> None:

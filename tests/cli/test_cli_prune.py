@@ -122,6 +122,25 @@ def test_an_attempt_that_starts_ends_a_prune_that_is_under_way(
     assert entries(long_run) == steps(20, 30, 40, 50, 60) | {"attempts"}
 
 
+@pytest.mark.parametrize("options", [(), ("--force",)])
+def test_an_attempt_that_begins_just_before_the_prune_does_is_seen(
+    cli: Cli, long_run: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    """It found no ground of a prune to take away, and may be reading an older checkpoint."""
+    mkdir = Path.mkdir
+
+    def make(path: Path, **arguments: Any) -> None:
+        if path.name == "pruning":
+            monkeypatch.setattr(Path, "mkdir", mkdir)
+            Token.take(long_run, world_size=1, run_id=None, take_over=False)
+        mkdir(path, **arguments)
+
+    monkeypatch.setattr(Path, "mkdir", make)
+    result = cli("prune", long_run, "--keep-last", 2, *options)
+    assert result.code == 1 and "nothing was deleted" in result.err and "attempt 1 has begun meanwhile" in result.err
+    assert entries(long_run) == steps(10, 20, 30, 40, 50, 60) | {"attempts"}
+
+
 def test_a_failing_deletion_says_what_is_gone(cli: Cli, long_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = shutil.rmtree
 

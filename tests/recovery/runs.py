@@ -63,6 +63,10 @@ class Written:
         self._put("ended.json", {"reason": reason, "step": self.step, "time": self.time, "by": by})
         return self
 
+    def asked(self, signal: str = "SIGTERM", rank: int = 3) -> Written:
+        self._put("asked.json", {"signal": signal, "rank": rank, "time": self.time})
+        return self
+
     def words(self, rank: int, error: str, *, kind: str = "failed", host: str = "n1", after: float = 0.0) -> Written:
         word = {"rank": rank, "step": self.step, "kind": kind, "error": error, "time": self.time + after, "host": host}
         self._put(f"rank-{rank:05d}.json", word)
@@ -78,18 +82,31 @@ class Written:
 
 
 def attempt(
-    run: Path, number: int, *, at: float = 0.0, host: str = "n1", ranks: int = 4, folder: bool = True, **start: Any
+    run: Path,
+    number: int,
+    *,
+    at: float = 0.0,
+    host: str = "n1",
+    ranks: int = 4,
+    folder: bool = True,
+    job: tuple[str | None, int] | None = None,
+    give_up_after: object = None,
+    **start: Any,
 ) -> Written:
-    """Begin attempt `number`, `at` seconds after START, of a process that cannot be found any more."""
+    """Begin attempt `number`, `at` seconds after START, of a process that cannot be found any more.
+
+    `job`: of SLURM, and how often it was started again; by default each attempt is of another start of one job.
+    """
     time, path = START + at, None
     run.mkdir(exist_ok=True)
     if folder:
         path = run / names.ATTEMPTS / names.attempt_directory(number)
         path.mkdir(parents=True)
         identity = {"host": host, "boot_id": "elsewhere", "pid_namespace": "pid:[1]", "pid": 7, "pid_started": 1}
-        identity |= {"slurm_job": "41", "slurm_restarts": number - 1}
+        slurm_job, restarts = job or ("41", number - 1)
+        identity |= {"slurm_job": slurm_job, "slurm_restarts": restarts}
         record = {"attempt": number, "run_id": "abc", "started": time, "identity": identity, "world_size": ranks}
-        (path / "attempt.json").write_text(json.dumps({**record, "took_over": None}))
+        (path / "attempt.json").write_text(json.dumps({**record, "took_over": None, "give_up_after": give_up_after}))
     written = Written(run, number, time, path)
     about = {"run_id": "abc", "host": host, "world_size": ranks, "global_batch_size": BATCH, "topology": TOPOLOGY}
     written.note("start", **{**about, **start})

@@ -22,7 +22,7 @@ from resume_kit.checkpoint import names
 from resume_kit.errors import Fenced, RunTaken, UsageError
 from resume_kit.integrity.verify import deep_problems
 from resume_kit.recovery import attempts, grounds
-from resume_kit.recovery.attempts import AttemptRecord, Token, fencing, read_attempts, shows_life
+from resume_kit.recovery.attempts import AttemptRecord, Token, fencing, newest_attempt, read_attempts, shows_life
 from resume_kit.recovery.identity import Identity
 from resume_kit.run.journal import Journal
 from tests.checkpoints import Recipe, commit, settle, stage
@@ -64,7 +64,7 @@ def test_attempts_are_numbered_and_leave_their_record(run: Path) -> None:
     first = take(run)
     first.ended("preempted", step=7, by="SIGTERM")
     first.ended("finished", step=8)
-    second = take(run, run_id=first.run_id)
+    second = take(run, run_id=first.run_id, give_up_after=5)
     assert (first.number, second.number, second.run_id) == (1, 2, first.run_id)
     (second.folder / "stop").write_text('{"reason": "maintenance"}')
     (second.folder / "rank-00001.json").write_text('{"rank": 1, "kind": "failed"}')
@@ -75,6 +75,8 @@ def test_attempts_are_numbered_and_leave_their_record(run: Path) -> None:
     assert (two.number, two.folder, two.world_size, two.run_id) == (2, second.folder, 2, first.run_id)
     assert two.identity == Identity.of_this_process() and two.started == pytest.approx(time.time(), abs=60)
     assert two.alive is not None and two.alive["beat"] == 1 and two.ended is None
+    assert (one.give_up_after, two.give_up_after) == (None, 5)
+    assert newest_attempt(run) == two and newest_attempt(run / "elsewhere") is None
     assert two.stop == {"reason": "maintenance"} and two.last_words == ({"rank": 1, "kind": "failed"},)
     assert not any((one.folder / name).exists() for name in ("ground", "stop")) and second.ground.is_dir()
 
@@ -157,6 +159,24 @@ def test_a_restart_of_the_same_job_does_not_wait(run: Path, monkeypatch: pytest.
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert take(run, patience=3600.0).number == 2
+
+
+def test_a_stranger_with_the_same_torchrun_id_and_a_higher_count_is_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another torchrun of the same --rdzv-id, which starts its ranks again since they were refused."""
+    held_by(run, {**ELSEWHERE, "slurm_job": None, "elastic_run": "100"})
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "100")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    over = threading.Event()
+    beating = threading.Thread(target=beat_until, args=(Token(run, 1, "", None), over))
+    beating.start()
+    try:
+        with pytest.raises(RunTaken, match="attempt 1 is alive"):
+            take(run, patience=20.0)
+    finally:
+        over.set()
+        beating.join()
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -63,12 +63,60 @@ def test_of_a_hang_the_rank_that_did_not_wait_for_others_is_named(tmp_path: Path
     assert (past.kind, past.why) == ("hung", "hung at step 5: rank 3 on n2: in the training code since step 5")
 
 
-def test_a_rank_0_without_a_word_is_suspected(tmp_path: Path) -> None:
-    attempt(tmp_path, 1).train(5).words(1, "RuntimeError: connection reset")
-    (past,) = history(tmp_path, alive=False)
-    assert past.why.endswith(
-        "rank 1 on n1: RuntimeError: connection reset; rank 0 left no word and may have died first"
+def test_who_left_no_word_is_suspected_where_the_others_only_saw_an_end(tmp_path: Path) -> None:
+    """Rank 2 was killed; the others say so, rank 0 among them."""
+    written = attempt(tmp_path, 1).train(5).words(0, "RuntimeError: Connection closed by peer [10.0.0.7]:3333")
+    written.words(1, "RuntimeError: connection reset", after=1).words(3, "Connection closed by peer", after=2)
+    written.ended("failed", "RuntimeError: Connection closed by peer")
+    (past,) = history(tmp_path)
+    assert past.silent == (2,) and past.kind == "failed"
+    assert past.why == (
+        "failed at step 5: rank 0 on n1: RuntimeError: Connection closed by peer [10.0.0.7]:3333; rank 2 left no word"
+        " and may have died first"
     )
+
+
+def test_of_many_without_a_word_some_are_named(tmp_path: Path) -> None:
+    attempt(tmp_path, 1, ranks=12).train(5).words(1, "RuntimeError: connection reset")
+    (past,) = history(tmp_path, alive=False)
+    some = "ranks 0, 2, 3, 4, 5, 6, 7, 8 and 3 more left no word and one of them may have died first"
+    assert past.why.endswith(some) and len(past.silent) == 11
+
+
+def test_a_cause_goes_before_what_the_others_saw_of_it(tmp_path: Path) -> None:
+    written = attempt(tmp_path, 1).train(5).words(0, "RuntimeError: connection reset")
+    written.words(2, "ValueError: bad", host="n2", after=1).ended("failed", "RuntimeError: connection reset")
+    (past,) = history(tmp_path)
+    assert (past.why, past.silent) == ("failed at step 5: rank 2 on n2: ValueError: bad", ())
+
+
+@pytest.mark.parametrize("alive", [None, True])
+def test_one_that_was_asked_to_stop_and_lives_is_open(tmp_path: Path, alive: bool | None) -> None:
+    attempt(tmp_path, 1).train(13).asked()
+    assert [past.kind for past in history(tmp_path, alive=alive)] == ["open"]
+
+
+def test_one_that_was_asked_to_stop_and_was_killed_before_it_had_saved_was_preempted(tmp_path: Path) -> None:
+    attempt(tmp_path, 1).train(13).asked()
+    (past,) = history(tmp_path, alive=False)
+    why = "asked to stop by SIGTERM on rank 3, killed before it had saved"
+    assert (past.kind, past.why, past.lost_steps, past.is_failure) == ("preempted", why, 3, False)
+
+
+def test_a_failure_after_the_signal_is_a_failure(tmp_path: Path) -> None:
+    attempt(tmp_path, 1).train(13).asked().words(1, "ValueError: bad")
+    assert [past.kind for past in history(tmp_path, alive=False)] == ["failed"]
+
+
+@pytest.mark.parametrize("rank_0", [True, False])
+def test_a_person_who_interrupts_it_is_no_failure(tmp_path: Path, rank_0: bool) -> None:
+    written = attempt(tmp_path, 1).train(13)
+    if rank_0:
+        written.ended("failed", "KeyboardInterrupt")
+    else:
+        written.words(0, "RuntimeError: connection closed").words(1, "KeyboardInterrupt", after=1)
+    (past,) = history(tmp_path, alive=False)
+    assert (past.kind, past.why) == ("preempted", "stopped by a person (KeyboardInterrupt)")
 
 
 def test_a_fenced_attempt_and_its_stale_lines(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,18 +67,11 @@ def test_nothing_is_known_of_a_process_elsewhere() -> None:
         ({"slurm_job": "12"}, {"slurm_job": "12", "slurm_restarts": 1}, False),
         ({"slurm_job": "12"}, {"slurm_job": "12"}, False),
         ({"slurm_job": "13", "slurm_restarts": 1}, {"slurm_job": "12"}, False),
-        ({"slurm_job": "12", "elastic_restarts": 1}, {"slurm_job": "12"}, True),
         # Requeued: torchrun counts from 0 again.
         ({"slurm_job": "12", "slurm_restarts": 1}, {"slurm_job": "12", "elastic_restarts": 2}, True),
-        # Two torchruns of one allocation.
-        (
-            {"slurm_job": "12", "elastic_run": "a", "elastic_restarts": 1},
-            {"slurm_job": "12", "elastic_run": "b"},
-            False,
-        ),
-        ({"elastic_run": "a", "elastic_restarts": 1}, {"elastic_run": "a"}, True),
-        ({"elastic_run": "a"}, {"elastic_run": "a"}, False),
-        ({"elastic_run": "a", "elastic_restarts": 1}, {"elastic_run": "b"}, False),
+        # torchrun's id and count alone: two jobs may have been given the same.
+        ({"slurm_job": "12", "elastic_run": "a", "elastic_restarts": 1}, {"slurm_job": "12"}, False),
+        ({"elastic_run": "100", "elastic_restarts": 1}, {"elastic_run": "100"}, False),
         ({"elastic_restarts": 1}, {}, False),
     ],
 )
@@ -85,6 +79,32 @@ def test_a_later_start_of_the_same_job_is_of_its_lineage(
     newer: dict[str, Any], older: dict[str, Any], same: bool
 ) -> None:
     assert same_lineage(replace(ANOTHER, **newer), replace(SOMEBODY, **older)) is same
+
+
+AGENT = {"parent": 50, "parent_started": 4000, "elastic_run": "100"}
+
+
+@pytest.mark.parametrize(
+    ("newer", "older", "same"),
+    [
+        ({"elastic_restarts": 1}, {}, True),
+        ({"elastic_restarts": 1, "slurm_job": "12"}, {"slurm_job": "12"}, True),
+        ({}, {}, False),
+        ({}, {"elastic_restarts": 1}, False),
+        ({"elastic_restarts": 1, "parent": 51}, {}, False),
+        ({"elastic_restarts": 1, "parent_started": 4001}, {}, False),
+        ({"elastic_restarts": 1, "host": "n2"}, {}, False),
+        ({"elastic_restarts": 1, "boot_id": "b2"}, {}, False),
+        ({"elastic_restarts": 1, "pid_namespace": "pid:[2]"}, {}, False),
+        ({"elastic_restarts": 1, "elastic_run": "101"}, {}, False),
+        ({"elastic_restarts": 1, "parent_started": 0}, {"parent_started": 0}, False),
+    ],
+)
+def test_what_the_same_torchrun_agent_starts_again_is_of_its_lineage(
+    newer: dict[str, Any], older: dict[str, Any], same: bool
+) -> None:
+    later, earlier = replace(SOMEBODY, **{"pid": 101, **AGENT, **newer}), replace(SOMEBODY, **{**AGENT, **older})
+    assert same_lineage(later, earlier) is same
 
 
 def test_a_process_is_of_its_own_lineage() -> None:
@@ -97,6 +117,7 @@ def test_this_process_knows_its_job_and_can_be_read_back(monkeypatch: pytest.Mon
     plain = Identity.of_this_process()
     assert (plain.slurm_job, plain.elastic_run, plain.slurm_restarts, plain.elastic_restarts) == (None, None, 0, 0)
     assert not is_dead(plain) and plain.boot_id and plain.pid_started > 0
+    assert plain.parent == os.getppid() and 0 < plain.parent_started <= plain.pid_started
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

@@ -73,6 +73,11 @@ def test_the_attempt_and_its_journal_have_one_number(tmp_path: Path) -> None:
     assert [record.ended and record.ended["reason"] for record in read_attempts(tmp_path)] == ["finished"]
 
 
+def test_the_attempt_keeps_how_many_failures_are_enough(tmp_path: Path) -> None:
+    attempt_in(tmp_path, give_up_after=5)
+    assert [record.give_up_after for record in read_attempts(tmp_path)] == [5]
+
+
 def test_an_attempt_that_was_superseded_journals_nothing_more(tmp_path: Path) -> None:
     old = attempt_in(tmp_path)
     old.start({})

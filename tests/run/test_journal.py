@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 
 from resume_kit.checkpoint.names import JOURNAL
 from resume_kit.errors import CheckpointDamaged, SaveFailed
+from resume_kit.recovery import events
+from resume_kit.recovery.events import JournalLines, last_number
 from resume_kit.run.journal import (
     EVENTS,
     Journal,
     last_attempt,
+    last_commit,
     number,
     read_journal,
     run_id_of,
@@ -254,6 +257,42 @@ def test_a_new_run_has_no_events(tmp_path: Path) -> None:
 
 
 # -- what is asked of it
+
+
+def test_lines_that_cannot_be_read_are_counted_but_for_each_attempts_last(tmp_path: Path) -> None:
+    write(tmp_path, ("start", {}), step(1))
+    append(tmp_path, b'\n{"event":"step"\n\n\xff\n')  # two in a row: the first was not the last line
+    write(tmp_path, ("start", {}), step(2), attempt=2)
+    append(tmp_path, b"not JSON\n")  # in the middle of attempt 2
+    write(tmp_path, step(3), attempt=2)
+    append(tmp_path, b'{"event":"st')
+    lines = JournalLines(tmp_path)
+    assert len(list(lines)) == 5 and lines.unreadable == 2
+    (tmp_path / JOURNAL).unlink()
+    assert list(lines) == [] and lines.unreadable == 0
+
+
+def test_of_some_kinds_only_stale_ones_do_not_count(tmp_path: Path) -> None:
+    write(tmp_path, ("start", {}), step(1), ("commit", {"step": 1}))
+    write(tmp_path, ("start", {}), ("save", {"note": '"commit"'}), attempt=2)
+    write(tmp_path, ("commit", {"step": 9}), attempt=1)
+    write(tmp_path, ("commit", {"step": 3}), attempt=2)
+    lines = JournalLines(tmp_path, {"commit"})
+    assert [event["step"] for event in lines] == [1, 3] and lines.stale == 1
+    assert last_commit(tmp_path) == 3
+
+
+def test_the_newest_attempt_is_found_at_the_end_however_long_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "_TAIL", 200)
+    assert last_number(tmp_path) == 0
+    write(tmp_path, ("start", {}), *(step(n) for n in range(100)), attempt=6)
+    parse, parsed = events._parsed, []
+    monkeypatch.setattr(events, "_parsed", lambda line: parsed.append(line) or parse(line))
+    assert last_number(tmp_path) == 6 and len(parsed) < 10
+    write(tmp_path, ("start", {}), ("resume", {"report": "x" * 1000}), attempt=7)
+    assert last_number(tmp_path) == 7  # of a line that is longer than that
 
 
 def test_the_last_attempt_is_the_highest_whatever_wrote_last(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +14,16 @@ from typing import Any
 
 import pytest
 
-from resume_kit.errors import CheckpointDamaged, Fenced, Problem, ReplayMismatch, SaveFailed
+from resume_kit.errors import (
+    CheckpointDamaged,
+    Fenced,
+    Problem,
+    ReplayMismatch,
+    SaveFailed,
+    TooLittleMemory,
+    Unreadable,
+    UsageError,
+)
 from resume_kit.run import last_words
 from resume_kit.run.last_words import LastWords
 from tests.ranks import ROOT
@@ -121,3 +132,57 @@ def test_an_uncaught_exception_is_recorded_and_goes_on_its_way(tmp_path: Path) -
     assert run.stdout.splitlines() == ["ended failed", "the hook of before: 'no such thing'"]
     found = json.loads((tmp_path / "rank-00000.json").read_bytes())
     assert found["error"] == "KeyError: 'no such thing'" and found["step"] == 9
+
+
+@pytest.mark.parametrize(
+    ("error", "training", "reason"),
+    [
+        (UsageError("the model is another"), False, "refused"),
+        (CheckpointDamaged("none is good"), False, "refused"),
+        (CheckpointDamaged("rank-00001.index.json came late"), True, "failed"),
+        (UsageError("the kit is not told of every step"), True, "failed"),
+        (ReplayMismatch("step 7 came out otherwise"), True, "refused"),
+        (Unreadable("stale"), False, "failed"),
+        (TooLittleMemory("now"), False, "failed"),
+    ],
+)
+def test_only_what_a_check_says_no_to_is_refused(error: Exception, training: bool, reason: str) -> None:
+    assert last_words.reason_of(error, training=training) == reason
+
+
+def test_the_first_signal_that_asked_is_written_down_once(words: LastWords, tmp_path: Path, attempt: Any) -> None:
+    words.asked("SIGTERM")
+    LastWords(attempt, 5).asked("SIGUSR1")
+    found = json.loads((tmp_path / "asked.json").read_bytes())
+    assert found.items() >= {"signal": "SIGTERM", "rank": 3}.items() and found["time"] > 1e9
+    attempt.folder = tmp_path / "is" / "gone"
+    LastWords(attempt, 0).asked("SIGTERM")
+
+
+def test_a_process_that_was_forked_off_does_not_speak_for_the_rank(words: LastWords, attempt: FakeAttempt) -> None:
+    child = os.fork()
+    if not child:
+        words.record(RuntimeError("of a data worker"))
+        os._exit(hasattr(attempt, "said"))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not words.path.exists()
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from resume_kit.run.last_words import LastWords
+class Attempt:
+    folder = Path(sys.argv[1])
+    def ended(self, *said, **more): ...
+attempt = Attempt()
+signal.signal(signal.SIGTERM, lambda *_: None)
+sys.excepthook = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+words = LastWords(attempt, 0)
+raise KeyError("no such thing")
+"""
+
+
+def test_after_an_uncaught_exception_sigterm_ends_the_process(tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", DYING, str(tmp_path)], cwd=ROOT, timeout=30, check=False)
+    assert run.returncode == -signal.SIGTERM

@@ -161,6 +161,24 @@ def test_a_skip_that_cannot_be_journaled_does_not_raise_on_rank_0_alone(given: C
     assert run.shown == ["step 6: no save, that of step 5 is still being written"]
 
 
+def test_a_save_that_is_skipped_has_not_begun_and_is_told_once(given: Callable[..., Given]) -> None:
+    """By the clock it is due again at every step, until the one before is written."""
+    run, begun = given(when_busy="skip"), list[int]()
+    for step in (5, 6, 7):
+        run.saves.scheduled(step, lambda step=step: begun.append(step), insists=True)
+    assert begun == [5] and run.attempt.events == ["skip"] and len(run.shown) == 1
+
+
+def test_before_a_stop_a_failed_save_is_told_and_not_raised(given: Callable[..., Given]) -> None:
+    run = given()
+    run.saves.now("overlapped")
+    run.saver.outcomes = [SaveFailed("no disk"), COMMIT]
+    run.saves.stepped(SaveState.FAILED, updated=True, stopping=True)
+    assert run.shown == ["warning: the save before failed: no disk"]
+    run.saves.settle()
+    assert run.saves.now("committed") is COMMIT
+
+
 def test_a_busy_save_is_waited_for_and_the_wait_is_told(given: Callable[..., Given]) -> None:
     run = given()
     run.saves.scheduled(5)

@@ -46,6 +46,11 @@ def test_by_steps() -> None:
     assert [step for step in range(1, 10) if schedule.due(step)] == [3, 6, 9]
 
 
+def test_only_by_the_clock_a_save_that_was_not_begun_is_due_at_once_again() -> None:
+    found = [Schedule(Every.parse(given), print).insists for given in (3, "1m", "auto", None)]
+    assert found == [False, True, True, False]
+
+
 def test_without_a_schedule_nothing_is_due() -> None:
     schedule = Schedule(None, print)
     assert not any(schedule.due(step) for step in range(1, 100))

@@ -80,9 +80,23 @@ def test_a_deadline_that_has_passed_is_refused() -> None:
 # -- signals
 
 
+class Nothing:
+    """An outlook that knows nothing, and keeps what it is told."""
+
+    def __init__(self, hopeless: str = "", overdue: str = "") -> None:
+        self.told: list[str] = []
+        self.hopeless, self.overdue = (lambda: hopeless), (lambda: overdue)
+
+    def asked(self, name: str) -> None:
+        self.told.append(name)
+
+    def failed(self, why: str) -> None:
+        print("left word of:", why, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def signals(reasons: Reasons) -> Iterator[StopSignals]:
-    taken = StopSignals(reasons)
+    taken = StopSignals(reasons, Nothing())
     try:
         yield taken
     finally:
@@ -121,7 +135,7 @@ def test_other_signals_are_none_of_ours() -> None:
 
 def test_elsewhere_than_in_the_main_thread_it_says_so() -> None:
     found = list[StopSignals]()
-    thread = threading.Thread(target=lambda: found.append(StopSignals(Reasons())))
+    thread = threading.Thread(target=lambda: found.append(StopSignals(Reasons(), Nothing())))
     thread.start()
     thread.join()
     assert "was not made in the main thread" in found[0].note
@@ -131,9 +145,12 @@ def test_elsewhere_than_in_the_main_thread_it_says_so() -> None:
 WAITING = """
 import os, sys, time
 from resume_kit.run import stopping
+from tests.run.test_stopping import Nothing
 stopping.StopSignals.GAP = 0.5
-reasons = stopping.Reasons()
-signals = stopping.StopSignals(reasons, hopeless=lambda: sys.argv[1])
+stopping.StopSignals.EXIT_WITHIN = 2.0
+outlook = Nothing(*sys.argv[1:3])
+signals = stopping.StopSignals(stopping.Reasons(), outlook)
+exec(sys.argv[3])
 child = os.fork()
 if not child:
     time.sleep(60)
@@ -148,8 +165,8 @@ while True:
 class Waiting:
     """The program above under way, with a forked child, as data workers are."""
 
-    def __init__(self, hopeless: str = "") -> None:
-        arguments = [sys.executable, "-c", WAITING, hopeless]
+    def __init__(self, hopeless: str = "", overdue: str = "", first: str = "") -> None:
+        arguments = [sys.executable, "-c", WAITING, hopeless, overdue, first]
         self.process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.child = int(self.process.stdout.readline())
@@ -165,8 +182,8 @@ class Waiting:
 def start() -> Iterator[Callable[..., Waiting]]:
     started: list[Waiting] = []
 
-    def begin(hopeless: str = "") -> Waiting:
-        started.append(Waiting(hopeless))
+    def begin(hopeless: str = "", overdue: str = "", first: str = "") -> Waiting:
+        started.append(Waiting(hopeless, overdue, first))
         return started[-1]
 
     yield begin
@@ -197,6 +214,60 @@ def test_after_a_signal_a_rank_whose_peer_has_failed_ends_at_once(start: Callabl
     code, errors = run.ended()
     assert code == 1
     assert "no step will come to its end: rank 1 failed: no memory" in errors
+    assert "left word of: rank 1 failed: no memory" in errors
+
+
+def test_sigterm_is_not_waited_with_for_ever_but_a_warning_ahead_of_time_is(start: Callable[..., Waiting]) -> None:
+    run = start(overdue="no progress for 60 s")
+    run.process.send_signal(signal.SIGUSR1)
+    time.sleep(1.3)
+    assert run.process.poll() is None
+    run.process.kill()
+    run = start(overdue="no progress for 60 s")
+    run.process.send_signal(signal.SIGTERM)
+    code, errors = run.ended()
+    assert code == 1 and "left word of: no progress for 60 s" in errors
+
+
+MANY_FILES = """
+import resource
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096) if hard > 0 else 4096, hard))
+signals.close()
+files = [open("/dev/null") for _ in range(1100)]
+signals = stopping.StopSignals(stopping.Reasons(), outlook)
+assert signals._reader > 1023
+"""
+
+
+def test_signals_are_read_also_beside_more_files_than_select_can_take(start: Callable[..., Waiting]) -> None:
+    run = start(first=MANY_FILES)
+    run.process.send_signal(signal.SIGTERM)
+    time.sleep(0.8)
+    assert run.process.poll() is None
+    run.process.send_signal(signal.SIGTERM)
+    code, errors = run.ended()
+    assert code == 128 + signal.SIGTERM and "the second signal" in errors
+
+
+def test_where_the_thread_dies_the_signals_kill_as_without_a_kit(start: Callable[..., Waiting]) -> None:
+    run = start(first="outlook.asked = None; signals._reasons = None")  # the first signal is its end
+    run.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert run.process.poll() is None
+    run.process.send_signal(signal.SIGTERM)
+    code, errors = run.ended()
+    assert code == -signal.SIGTERM and "AttributeError" in errors
+
+
+def test_a_process_whose_run_is_over_ends_at_the_first_signal_or_by_itself(start: Callable[..., Waiting]) -> None:
+    run = start(first="signals.over(75)")
+    run.process.send_signal(signal.SIGTERM)
+    code, errors = run.ended()
+    assert code == 75 and "SIGTERM: the run is over, its process ends at once" in errors
+    run = start(first="signals.over(75)")
+    code, errors = run.ended()
+    assert code == 75 and "the run is over, but not its process after 2 s" in errors
 
 
 def test_a_forked_child_tells_nobody_and_dies_of_sigterm_as_ever(start: Callable[..., Waiting]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from resume_kit.errors import UsageError
+from resume_kit.run import watchdog as module
 from resume_kit.run.last_words import LastWords
 from resume_kit.run.watchdog import Watchdog
 from tests import jobs
@@ -107,7 +108,6 @@ def test_a_process_that_was_stopped_is_not_hung(tmp_path: Path) -> None:
     child = os.fork()
     if not child:
         dog, ends, _attempt = watched(tmp_path, 1.0)
-        dog.SLACK = 60.0  # type: ignore[misc]
         dog.arm()
         time.sleep(0.2)
         (tmp_path / "armed").touch()
@@ -119,6 +119,18 @@ def test_a_process_that_was_stopped_is_not_hung(tmp_path: Path) -> None:
     time.sleep(2.0)
     os.kill(child, signal.SIGCONT)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_thread_in_c_which_cannot_tell_leaves_a_suspended_job_its_hours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds: list[float] = []
+    monkeypatch.setattr(module.faulthandler, "dump_traceback_later", lambda left, **_: bounds.append(left))
+    dog, _ends, _attempt = watched(tmp_path, 1.0)
+    dog.arm()
+    time.sleep(0.3)
+    dog.off()
+    assert bounds and all(6 * 3600 < left <= 6 * 3600 + 1 for left in bounds)
 
 
 def test_off_leaves_nothing_and_it_can_be_armed_again(tmp_path: Path) -> None:

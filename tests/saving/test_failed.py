@@ -62,6 +62,15 @@ def test_one_ranks_failed_capture_is_raised_on_all_and_the_next_save_works(
     assert "loss" in (gates[0] or {}) and gates[1] == {"recorded": False}
 
 
+def test_an_index_that_comes_too_late_is_a_failed_save_and_no_damage(ranks: Ranks, tmp_path: Path) -> None:
+    """A save that fails is tried again by the next start; damage would have a person called."""
+    job = job_in(tmp_path)
+    mine, other = ranks.run(three_saves, 2, job.to_json(), "late-index-once", timeout=60)
+    assert mine == other and mine[1:] == ["", ""]
+    assert mine[0].startswith("SaveFailed: an index did not arrive") and "not-here-yet" in mine[0]
+    assert names.committed_steps(Path(job.run_dir)) == [2, 3]
+
+
 def agreements(rank: int, world_size: int, options: dict[str, Any]) -> list[int]:
     """How often the ranks had agreed on copies after each of three saves, of which the first one's agreement fails."""
     import resume_kit.saving.saver as saver

@@ -181,6 +181,6 @@ def test_too_little_host_memory_is_told_before_training(ranks: Ranks, tmp_path: 
     with pytest.raises(RankFailure) as failure:
         ranks.run(train, 2, job.to_json(), ["no-memory"])
     outcome = failure.value.outcomes[0]
-    assert outcome.error_type == "resume_kit.errors.UsageError"
+    assert outcome.error_type == "resume_kit.errors.TooLittleMemory"
     assert "too little memory" in outcome.error
     assert events(job, "step") == []
