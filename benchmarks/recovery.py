@@ -2,8 +2,8 @@
 
 python -m benchmarks.recovery --out runs/recovery      (as root; `make cluster-tools` installs what it needs)
 
-A ZeRO-3 run of two ranks on two hosts is disturbed once in each of three ways. `detect` lasts until its launcher or
-SLURM has noticed, `schedule` until the new processes start, `start` until the kit is made (imports, engine), and the
+A ZeRO-3 run of two ranks on two hosts is disturbed in each of three ways, in turns. `detect` lasts until its launcher
+or SLURM has noticed, `schedule` until the new processes start, `start` until the kit is made (imports, engine), and the
 kit's own stages follow, from its journal. Imports and SlurmdTimeout dominate here; a real model loads for longer.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -19,6 +20,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.resume_run import hardware
+from resume_kit.environment import software_versions
 from resume_kit.recovery.history import history
 from tests.cluster.cluster import Cluster, missing_parts
 from tests.cluster.runs import ZERO3, Run
@@ -80,30 +83,52 @@ def measure(cluster: Cluster, folder: Path, scenario: str) -> Recovery:
 
 
 def table(recoveries: list[Recovery]) -> str:
-    """Markdown, a line a scenario; seconds."""
+    """Markdown, a line a scenario: the median of its repeats, in seconds; least and most of the whole."""
     names = [name for name in STAGES if any(name in one.parts for one in recoveries)]
     lines = [f"| failure | first new step after | {' | '.join(names)} | steps lost |", "|---" * (len(names) + 3) + "|"]
-    for one in recoveries:
-        parts = " | ".join(f"{one.parts[name]:.2f}" if name in one.parts else "" for name in names)
-        lines.append(f"| {one.scenario} | {one.total:.1f} s | {parts} | {one.lost_steps} |")
+    for scenario in SCENARIOS:
+        repeats = [one for one in recoveries if one.scenario == scenario]
+        totals = sorted(one.total for one in repeats)
+        parts = []
+        for name in names:
+            found = [one.parts[name] for one in repeats if name in one.parts]
+            parts.append(f"{statistics.median(found):.2f}" if found else "")
+        lost = statistics.median(one.lost_steps for one in repeats)
+        whole = f"{statistics.median(totals):.1f} s ({totals[0]:.1f}–{totals[-1]:.1f})"
+        lines.append(f"| {scenario} | {whole} | {' | '.join(parts)} | {lost:g} |")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="results.json and results.md go here")
+    parser.add_argument("--repeats", type=int, default=3, help="of each scenario, in turns (default 3)")
     options = parser.parse_args()
     if missing := missing_parts():
         print("No cluster can be started here:\n  " + "\n  ".join(missing), file=sys.stderr)
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
+    found = []
     with tempfile.TemporaryDirectory(prefix="recovery-") as name, Cluster(Path(name) / "cluster") as cluster:
-        found = [measure(cluster, Path(name) / f"run-{n}", scenario) for n, scenario in enumerate(SCENARIOS)]
-    machine = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; two ranks on two hosts; SlurmdTimeout 10 s"
-    (options.out / "results.json").write_text(
-        json.dumps({"machine": machine, "recoveries": [asdict(one) for one in found]}, indent=1) + "\n"
+        for repeat in range(options.repeats):
+            for number, scenario in enumerate(SCENARIOS):
+                found.append(measure(cluster, Path(name) / f"run-{repeat}-{number}", scenario))
+                print(f"{scenario}: {found[-1].total:.1f} s", flush=True)
+    versions = software_versions()
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": f"python -m benchmarks.recovery --repeats {options.repeats}",
+        "hardware": hardware(),
+        "versions": versions,
+        "cluster": "two ranks on two hosts (namespaces of one machine), SlurmdTimeout 10 s",
+        "recoveries": [asdict(one) for one in found],
+    }
+    (options.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    software = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "deepspeed"))
+    (options.out / "results.md").write_text(
+        f"# Time to recover\n\n{result['date']}; {os.cpu_count()} cores; {software}; {result['cluster']}. "
+        f"`{result['command']}`. Seconds, medians of {options.repeats} repeats.\n\n{table(found)}\n"
     )
-    (options.out / "results.md").write_text(f"{table(found)}\n\nSeconds. {machine}.\n")
     print((options.out / "results.md").read_text())
     return 0
 
