@@ -76,6 +76,9 @@ CONTROLLER_BOOT = """\
 hostname control
 mount --bind "$D/hosts" /etc/hosts
 mount --bind "$D/nsswitch.conf" /etc/nsswitch.conf
+# Where the environment has a ninja of its own, it would build anew what the tests' one has built.
+theirs=$(PATH=${{PATH#*:}} type -P ninja || true)
+[ -z "$theirs" ] || mount --bind "$theirs" "$(type -P ninja)"
 ip link set lo up
 ip link add lan type bridge
 ip addr add {controller}/24 dev lan

@@ -40,6 +40,7 @@ def main() -> int:
 
     def paced(kit: ResumeKit, *arguments: Any) -> Any:
         while pace.allowed < kit.step_number:
+            kit.alive()  # a rank that waits for a test does not hang
             time.sleep(0.02)
         return step(kit, *arguments)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 from launch.demo.judging import FIGURES
 from resume_kit.checkpoint.names import step_directory
 from tests.cluster.cluster import Cluster, ClusterError
@@ -168,6 +170,15 @@ class Run:
     def kill_rank(self, node: int, rank: int) -> None:
         os.kill(self.ranks_on(node)[rank], signal.SIGKILL)
 
+    def require_alike(self, reference: Iterable[Event], *, last: int) -> None:
+        """On other numbers of ranks: the reference's samples in its order, losses close to its, all commits."""
+        wanted = {event["step"]: event for event in reference}
+        for event in self.steps():
+            right = wanted[event["step"]]
+            assert [event[name] for name in ("samples", "batch")] == [right[name] for name in ("samples", "batch")]
+            assert event["loss"] == pytest.approx(right["loss"], abs=5e-3), f"step {event['step']}"
+        self._require_whole(last)
+
     def require_equal(self, reference: Iterable[Event], *, last: int) -> None:
         """Every step that was trained, once or again, is the reference's bit for bit; all commits are there."""
         wanted = {event["step"]: event for event in reference}
@@ -180,7 +191,10 @@ class Run:
             if event[name] != right[name]
         ]
         assert not differing, "\n".join(differing)
-        assert {event["step"] for event in trained} == set(range(1, last + 1))
+        self._require_whole(last)
+
+    def _require_whole(self, last: int) -> None:
+        assert {event["step"] for event in self.steps()} == set(range(1, last + 1))
         missing = [step for step in self.committed() if not (self.directory / step_directory(step)).is_dir()]
         assert not missing, f"committed and lost: {missing}"
 

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,75 @@ def test_a_job_that_slurm_takes_away_waits_for_its_ranks_and_leaves_the_rest_to_
     job.end_ranks()
     code, calls, _ = job.wait()
     assert (code, calls) == (143, ["up"])
+
+
+# ---- start_torchrun, with stand-ins for SLURM and torchrun: `scontrol` says of job N what the file job-N says
+
+
+def start_torchrun(folder: Path, jobs: Mapping[int, str], **environment: str) -> subprocess.CompletedProcess[str]:
+    for job, said in jobs.items():
+        (folder / f"job-{job}").write_text(f"JobId={job} ReqNodeList=(null) {said}\n")
+    words = 'if [[ $2 == hostnames ]]; then echo "$3" | tr , "\\n"; elif [[ $2 == job ]]; then cat "$FOLDER/job-$3"'
+    torchrun = 'echo "of $SLURM_JOB_ID-$SLURM_RESTART_COUNT: torchrun $*"; eval "${THEN:-:}"'
+    for name, text in {
+        "scontrol": f'{words}; else echo "$*"; fi',
+        "srun": 'while [[ $1 == -* ]]; do echo "srun $1"; shift; done; exec "$@"',
+        "torchrun": torchrun,
+    }.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    given = {
+        **{"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "SLURM_NNODES": "2", "SLURMD_NODENAME": "n2"},
+        **{"LOGS": str(folder), "FOLDER": str(folder), "RANKS_PER_NODE": "8", "RESTARTS": "3", "ELASTIC": ""},
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        **environment,
+    }
+    return subprocess.run(
+        ["bash", "-c", "set -euo pipefail; source launch/job.sh; start_torchrun train.py"],
+        cwd=ROOT,
+        env={**os.environ, **given},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+RUNS = "JobState=RUNNING Restarts=1 NodeList=n1,n2 BatchHost=n1"
+
+
+def test_without_elasticity_all_nodes_end_with_the_first(tmp_path: Path) -> None:
+    said = start_torchrun(tmp_path, {7: RUNS}).stdout
+    assert "srun --kill-on-bad-exit=1\n" in said and "no-kill" not in said
+    assert "--nnodes=2 " in said and "--rdzv-endpoint=n1:20007 --rdzv-id=7-1 " in said and "rdzv-conf" not in said
+
+
+def test_an_elastic_job_outlives_its_nodes(tmp_path: Path) -> None:
+    said = start_torchrun(tmp_path, {7: RUNS}, ELASTIC="2:4").stdout
+    assert {"srun --kill-on-bad-exit=0", "srun --no-kill", "srun --wait=0"} <= set(said.splitlines())
+    assert "--nnodes=2:4 " in said and "--rdzv-conf=last_call_timeout=30 " in said
+
+
+def test_a_job_that_joins_another_is_to_its_ranks_that_other(tmp_path: Path) -> None:
+    jobs = {7: "JobState=RUNNING Restarts=0 NodeList=n9 BatchHost=n9", 6: RUNS}
+    said = start_torchrun(tmp_path, jobs, ELASTIC="2:4", JOIN="6", SLURM_RESTART_COUNT="0").stdout
+    assert "of 6-1: torchrun" in said and "--rdzv-endpoint=n1:20006 --rdzv-id=6-1 " in said
+
+
+def test_nobody_joins_a_job_that_is_over(tmp_path: Path) -> None:
+    ended = start_torchrun(tmp_path, {6: RUNS.replace("RUNNING", "COMPLETED")}, ELASTIC="2:4", JOIN="6")
+    assert ended.returncode == 1 and "job 6, which this one was to join, does not run: COMPLETED" in ended.stderr
+    assert "torchrun" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("said", "requeued"),
+    [(RUNS, False), (RUNS.replace("n1,n2", "n2"), True), (RUNS.replace("s=1", "s=2"), True), ("", False)],
+)
+def test_an_elastic_job_that_has_lost_its_head_is_queued_again(said: str, requeued: bool, tmp_path: Path) -> None:
+    then = f'sleep 0.3; echo "{said}" > "$FOLDER/job-6"; sleep 1.2'
+    ended = start_torchrun(tmp_path, {6: RUNS}, ELASTIC="2:4", JOIN="6", LOOK_EVERY="1", THEN=then)
+    assert ("requeue 7" in ended.stdout) == requeued, ended.stdout + ended.stderr
 
 
 # ---- the run directory of a configuration
