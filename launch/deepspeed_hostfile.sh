@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# shellcheck disable=SC1091
 if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi # EDIT: your environment
 TRAIN=${TRAIN:-launch/train_zero3.py}                              # EDIT: your script
 PORT=${PORT:-29500}

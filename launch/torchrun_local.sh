@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# shellcheck disable=SC1091
 if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi # EDIT: your environment
 RANKS=${RANKS:-auto}      # one for each GPU; without one, for each core
 RESTARTS=${RESTARTS:-3}
