@@ -115,7 +115,8 @@ class Resumer:
         Raises `ResumeRefused` when a check says no, `CheckpointDamaged` when no good checkpoint is left or the policy
         forbids to fall back, `Unreadable` for one that cannot be read now, `TooLittleMemory`.
         """
-        candidates = self._coordinator.on_rank_zero("elect", lambda: names.checkpoint_steps(self._run)[::-1])
+        with self._report.timed("elect"):
+            candidates = self._coordinator.on_rank_zero("elect", lambda: names.checkpoint_steps(self._run)[::-1])
         if self._at is not None:
             if self._at not in candidates:
                 raise UsageError(f"there is no checkpoint of step {self._at}; there are {candidates or 'none'}")
