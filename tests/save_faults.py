@@ -62,7 +62,10 @@ def _captures(mine: set[str]) -> None:
     import resume_kit.saving.plan as plan
     import resume_kit.saving.saver as saver
     from resume_kit.saving.arena import Arena
+    from resume_kit.saving.measure import Gauges
 
+    if "no-measuring-once" in mine:
+        _fail_once(Gauges, "measuring", RuntimeError("out of device memory"))
     if "no-account-once" in mine:
         _fail_once(saver, "take_account", ZeroDivisionError("no account"))
     if "no-agreement-once" in mine:

@@ -82,6 +82,7 @@ class Saver:
         self._copied = Copied((), 1)
         self._plan: SavePlan | None = None
         self._sources: list[tuple[int, torch.Tensor]] = []
+        self._staging: Staging | None = None
         self._layout: list[Any] | None = None
         self._pending: Pending | None = None
         self._stuck: Pending | None = None
@@ -131,6 +132,7 @@ class Saver:
         """Let go of the engine's tensors: a load is about to replace some."""
         self._gauges = Gauges()
         self._sources = []
+        self._staging = None
 
     def stepped(self) -> None:
         """After every optimizer step: notice whether the step's update passed the fence."""
@@ -205,8 +207,9 @@ class Saver:
         except Exception as error:  # the others must know before they enter a collective
             failure = error
         agreed = self._exchange(account)
-        if early is not None and (account is None or agreed is None):
-            early.abandon()
+        if early is not None and (account is None or agreed is None or agreed[1]):
+            early.abandon()  # what it has copied is overwritten, on the same stream
+            early = None
         if account is None or agreed is None:
             self._coordinator.round("save: capture", lambda: _reraise(failure), lambda _: None)
             raise AssertionError("unreachable: some rank's capture failed")
@@ -218,8 +221,8 @@ class Saver:
         try:
             capture = self._enqueue(account, differing, changed, early)
         except Exception as error:  # the others are on their way to the all-reduce below
-            if early is not None:
-                early.abandon()
+            if self._staging is not None:
+                self._staging.abandon()  # the next save copies into the same memory
             capture = FailedCapture(account, error)
         return self._reduced(capture)
 
@@ -232,16 +235,18 @@ class Saver:
             return None
         if self._plan is None or self._plan.frozen:
             return None
-        staging = self._staging(self._plan)
+        staging = self._stage(self._plan)
         if staging.bounded or not staging.from_device_alone:
             return None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         staging.start(without=self._plan.snapshots)
         return staging
 
-    def _staging(self, plan: SavePlan) -> Staging:
+    def _stage(self, plan: SavePlan) -> Staging:
+        """A staging of this save's sources, which is kept so that a capture that fails can end its copies."""
         memory = self._arena.memory(self._options.arena_bytes(plan.layout.size))
-        return Staging(self._sources, plan.layout.size, memory, self._stream, self._coordinator.timeout)
+        self._staging = Staging(self._sources, plan.layout.size, memory, self._stream, self._coordinator.timeout)
+        return self._staging
 
     def _enqueue(
         self, account: Account, differing: frozenset[TensorKey], changed: bool, early: Staging | None
@@ -259,12 +264,12 @@ class Saver:
             self._plan, self._signature = plan_save(holdings, self._copied, metadata, self._device), found
             self._sources = []
             if early is not None:
-                early.abandon()  # what it copied is overwritten, on the same stream
+                early.abandon()
                 early = None
         plan = self._plan
         if early is None:
             self._sources = plan.sources(holdings.every)
-        staging = early or self._staging(plan)
+        staging = early or self._stage(plan)
         measuring, measured = self._gauges.measuring(holdings, plan), None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))

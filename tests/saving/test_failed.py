@@ -62,6 +62,24 @@ def test_one_ranks_failed_capture_is_raised_on_all_and_the_next_save_works(
     assert "loss" in (gates[0] or {}) and gates[1] == {"recorded": False}
 
 
+def ended_copies(rank: int, world_size: int, options: dict[str, Any]) -> tuple[int, str]:
+    from resume_kit.saving.staging import Staging
+
+    abandon, ended = Staging.abandon, list[Staging]()
+    Staging.abandon = lambda staging: (ended.append(staging), abandon(staging))[1]  # type: ignore[method-assign]
+    loop = Loop(rank, world_size, options, ["no-measuring-once"])
+    loop.steps(1)
+    outcome = told(loop.kit.save)
+    loop.kit.close()
+    return len(ended), outcome
+
+
+def test_copies_that_a_failed_capture_has_begun_are_ended(ranks: Ranks, tmp_path: Path) -> None:
+    """Else they would go on into the memory in which the next save stages."""
+    _, (ended, outcome) = ranks.run(ended_copies, 2, job_in(tmp_path).to_json(), timeout=60)
+    assert ended == 1 and "out of device memory" in outcome
+
+
 def test_an_index_that_comes_too_late_is_a_failed_save_and_no_damage(ranks: Ranks, tmp_path: Path) -> None:
     """A save that fails is tried again by the next start; damage would have a person called."""
     job = job_in(tmp_path)
