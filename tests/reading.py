@@ -11,7 +11,7 @@ import torch
 
 from resume_kit.algebra.boxes import Box
 from resume_kit.checkpoint.carrying import ReadAccount
-from resume_kit.checkpoint.datafile import PAGE
+from resume_kit.checkpoint.pages import PAGE
 from resume_kit.checkpoint.records import TensorKey
 from resume_kit.checkpoint.transfers import Transfer
 from resume_kit.resuming.preflight import ReadOrder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import time
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from resume_kit.checkpoint.pages import allocate
 
 BLOCK = 16 << 20
 _ALIGNED = 4096
@@ -48,7 +49,7 @@ def write(path: Path, nbytes: int, way: Way) -> float:
         def put(at: int) -> None:
             end = min(at + BLOCK, size)
             while at < end:
-                at += os.pwrite(descriptor, memoryview(content)[: end - at], at)
+                at += os.pwrite(descriptor, content[: end - at], at)
 
         _over(size, way.threads, put)
         os.fsync(descriptor)
@@ -64,7 +65,7 @@ def read(path: Path, way: Way) -> float:
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-    buffers = [mmap.mmap(-1, BLOCK) for _ in range(way.threads)]
+    buffers = [allocate(BLOCK) for _ in range(way.threads)]
     start = time.perf_counter()
     descriptor = os.open(path, os.O_RDONLY | way.flags)
     try:
@@ -73,7 +74,7 @@ def read(path: Path, way: Way) -> float:
             buffer = buffers.pop()
             end = min(at + BLOCK, size)
             while at < end:
-                got = os.preadv(descriptor, [memoryview(buffer)[: end - at]], at)
+                got = os.preadv(descriptor, [buffer[: end - at]], at)
                 if not got:
                     raise OSError(f"{path} ends at {at} of {size} bytes")
                 at += got
@@ -90,10 +91,10 @@ def _over(size: int, threads: int, work: Callable[[int], None]) -> None:
         list(pool.map(work, range(0, size, BLOCK)))
 
 
-def _block() -> mmap.mmap:
+def _block() -> memoryview:
     """A page-aligned block that no file system can compress."""
-    block = mmap.mmap(-1, BLOCK)
-    block.write(os.urandom(1 << 20) * (BLOCK >> 20))
+    block = allocate(BLOCK)
+    block[:] = os.urandom(1 << 20) * (BLOCK >> 20)
     return block
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from resume_kit.checkpoint.datafile import DataFile, allocate, whole_pages
+from resume_kit.checkpoint.datafile import DataFile
+from resume_kit.checkpoint.pages import allocate, whole_pages
 from resume_kit.checkpoint.readplan import ReadPlan, Window
 from resume_kit.checkpoint.sharing import Shared, default_readers, share_out
 from resume_kit.errors import CheckpointDamaged

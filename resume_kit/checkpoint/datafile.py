@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from resume_kit.checkpoint import canonical
 from resume_kit.checkpoint.blocks import FileDigest, spans
+from resume_kit.checkpoint.pages import LARGE, PAGE, whole_pages
 
 try:
     from resume_kit.checkpoint import _runs
@@ -22,27 +22,11 @@ except ImportError:  # no compiler at the installation
 else:
     RUNS_AT_ONCE = True
 
-#: Bytes from which memory is mapped on its own, and a read may bypass the page cache.
-_LARGE = 1 << 20
-PAGE = 4096
 #: Where a block is read from: the page cache if it is there (a restart on the same node) and else past it; through the
 #: page cache, where it then stays; or from the disk, whatever the page cache says.
 Way = Literal["fastest", "cache", "disk"]
 #: A block comes from the page cache in portions, each hashed while the processor's own cache holds it.
 PORTION = 1 << 20
-
-
-def allocate(nbytes: int) -> memoryview:
-    """Host memory, on pages of its own where it is large; it costs nothing until it is filled."""
-    if nbytes < _LARGE:
-        return np.empty(nbytes, np.uint8).data
-    # np.empty would ask for huge pages: up to 3 times slower to fill where the host has yet to back them, as in a VM
-    return memoryview(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-
-
-def whole_pages(nbytes: int) -> int:
-    """`nbytes`, rounded up to pages: what memory for a block needs for a read that bypasses the page cache."""
-    return -(-nbytes // PAGE) * PAGE
 
 
 class DataFile:
@@ -76,7 +60,7 @@ class DataFile:
         if way == "disk":
             os.posix_fadvise(self._buffered, start, stop - start, os.POSIX_FADV_DONTNEED)
         at, hasher = start, xxhash.xxh3_128()
-        large = stop - start >= _LARGE and start % PAGE == 0 and whole_pages(stop - start) <= len(memory)
+        large = stop - start >= LARGE and start % PAGE == 0 and whole_pages(stop - start) <= len(memory)
         if large and (way == "disk" or (way == "fastest" and not self._in_page_cache(start, stop))):
             at = self._read_directly(memory, start, stop)
             hasher.update(memory[: at - start])

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from resume_kit.checkpoint import canonical, names
 from resume_kit.checkpoint.blocks import FileDigest
-from resume_kit.checkpoint.datafile import DataFile, Way, allocate, whole_pages
+from resume_kit.checkpoint.datafile import DataFile, Way
 from resume_kit.checkpoint.index import RankIndex, parse_index
 from resume_kit.checkpoint.manifest import Manifest
+from resume_kit.checkpoint.pages import allocate, whole_pages
 from resume_kit.checkpoint.sharing import Shared, default_readers, share_out
 from resume_kit.errors import CheckpointDamaged
 

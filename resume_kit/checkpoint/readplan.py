@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from resume_kit.checkpoint import canonical
 from resume_kit.checkpoint.blocks import FileDigest
-from resume_kit.checkpoint.datafile import PAGE
+from resume_kit.checkpoint.pages import PAGE
 from resume_kit.checkpoint.transfers import Transfer
 
 #: One byte may be read in vain for so many wanted: 5%.

@@ -13,9 +13,9 @@ from queue import SimpleQueue
 import numpy as np
 
 from resume_kit.checkpoint.blocks import BLOCK_BYTES, FileDigest, digest_block, spans
+from resume_kit.checkpoint.pages import PAGE
 from resume_kit.errors import Problem, SaveFailed
 
-_PAGE = 4096
 _Job = tuple[int, memoryview, Callable[[], None] | None]
 
 
@@ -149,10 +149,10 @@ class ImageFile:
 
     def _write(self, block: memoryview, offset: int) -> None:
         """Write whole pages directly where that works, and the rest through the page cache."""
-        aligned = len(block) // _PAGE * _PAGE if np.frombuffer(block, np.uint8).ctypes.data % _PAGE == 0 else 0
+        aligned = len(block) // PAGE * PAGE if np.frombuffer(block, np.uint8).ctypes.data % PAGE == 0 else 0
         done = 0
         while done < len(block):
-            if self._direct is not None and self._bypass and done < aligned and done % _PAGE == 0:
+            if self._direct is not None and self._bypass and done < aligned and done % PAGE == 0:
                 try:
                     done += os.pwrite(self._direct, block[done:aligned], offset + done)
                 except OSError as error:

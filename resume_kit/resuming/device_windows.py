@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 
 from resume_kit.checkpoint.carrying import Destination, HostMemory, Lane
+from resume_kit.checkpoint.pages import allocate
 from resume_kit.checkpoint.readplan import Window
 from resume_kit.checkpoint.transfers import Transfer
 
@@ -38,11 +38,7 @@ def _pinned(nbytes: int) -> Iterator[torch.Tensor]:
 
     Registered in each thread at the same time, it is there sooner than torch's own pinned memory.
     """
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    pages.madvise(mmap.MADV_DONTFORK)  # or a fork would move pages that are pinned
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    memory = torch.frombuffer(allocate(nbytes), dtype=torch.uint8)
     cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     registered = int(cuda.cudaHostRegister(memory.data_ptr(), nbytes, 0)) == 0
     try:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import resource
 import threading
 import weakref
-from contextlib import suppress
 
 import torch
 
 from resume_kit.checkpoint.blocks import BLOCK_BYTES
+from resume_kit.checkpoint.pages import allocate
 from resume_kit.environment import available_memory, cores_per_rank, host_name
 from resume_kit.errors import Problem, SaveFailed
 
@@ -145,11 +144,7 @@ def _touchers() -> int:
 
 def _pages(nbytes: int) -> torch.Tensor:
     """Anonymous memory, uint8 [nbytes], its pages there already: touched by several threads, huge where possible."""
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages: seven times slower to touch, but right
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    pages.madvise(mmap.MADV_DONTFORK)  # a data worker must not keep a second copy, nor move pages that are pinned
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    memory = torch.frombuffer(allocate(nbytes), dtype=torch.uint8)
     share = -(-nbytes // BLOCK_BYTES // _touchers()) * BLOCK_BYTES
     threads = [
         # ctypes leaves the interpreter to others meanwhile; mmap's own methods do not.

@@ -13,7 +13,8 @@ import pytest
 
 from resume_kit.checkpoint import datafile
 from resume_kit.checkpoint.blocks import FileDigest, digest_image
-from resume_kit.checkpoint.datafile import PAGE, DataFile, Way, allocate, whole_pages
+from resume_kit.checkpoint.datafile import DataFile, Way
+from resume_kit.checkpoint.pages import PAGE, allocate, whole_pages
 from resume_kit.errors import CheckpointDamaged
 from tests.checkpoints import flip
 

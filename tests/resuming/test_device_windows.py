@@ -14,7 +14,7 @@ from resume_kit.algebra.boxes import Box
 from resume_kit.checkpoint import readplan
 from resume_kit.checkpoint.blocks import digest_image
 from resume_kit.checkpoint.carrying import HostMemory, carry_out
-from resume_kit.checkpoint.datafile import PAGE
+from resume_kit.checkpoint.pages import PAGE
 from resume_kit.checkpoint.readplan import ReadPlan, Source, plan_reads
 from resume_kit.checkpoint.transfers import Transfer
 from resume_kit.errors import CheckpointDamaged
