@@ -8,8 +8,8 @@ from typing import Generic, TypeVar
 
 from resume_kit import environment
 
-#: Threads that read in one process, at the most by default.
-MOST_READERS = 16
+#: Threads that read in one process by default. Fewer leave the disk idle while they check and copy what came.
+LEAST_READERS, MOST_READERS = 4, 16
 
 Item = TypeVar("Item")
 
@@ -36,8 +36,8 @@ class Shared(Generic[Item]):
 
 
 def default_readers() -> int:
-    """Threads that read: this rank's share of the cores, from 2 to 16."""
-    return max(2, min(MOST_READERS, environment.cores_per_rank()))
+    """Threads that read: this rank's share of the cores, from 4 to 16."""
+    return max(LEAST_READERS, min(MOST_READERS, environment.cores_per_rank()))
 
 
 def share_out(items: Iterable[Item], work: Callable[[Shared[Item]], None], threads: int) -> None:

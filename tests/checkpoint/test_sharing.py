@@ -91,7 +91,7 @@ def test_a_thread_that_cannot_start_ends_those_that_did(monkeypatch: pytest.Monk
 
 
 def test_readers_are_this_ranks_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, ranks, expected in [(192, 8, 16), (32, 8, 4), (16, 1, 16), (16, 8, 2), (1, 4, 2)]:
+    for cores, ranks, expected in [(192, 8, 16), (64, 8, 8), (16, 1, 16), (16, 8, 4), (1, 4, 4)]:
         monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert default_readers() == expected
