@@ -11,8 +11,10 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
+import xxhash
 
-from resume_kit.checkpoint.blocks import BLOCK_BYTES, FileDigest, digest_block, spans
+from resume_kit.checkpoint.blocks import BLOCK_BYTES, FileDigest, spans
+from resume_kit.checkpoint.filesystems import mounted_as
 from resume_kit.checkpoint.pages import PAGE
 from resume_kit.errors import Problem, SaveFailed
 
@@ -32,6 +34,8 @@ def write_failed(path: Path, error: OSError, nbytes: int) -> SaveFailed:
     return SaveFailed(f"cannot write {path.name}", [Problem("write", str(path), what, remedy)])
 
 
+_PORTION = 1 << 20
+_IN_MEMORY = ("tmpfs ", "ramfs ")
 #: Threads a file: one hashes while another writes. More write hardly faster, and slow the training beside them.
 WRITERS = 2
 
@@ -139,13 +143,21 @@ class ImageFile:
         try:
             try:
                 if self._failure is None and not self._abandoned:
-                    self._digests[number] = digest_block(block)
-                    self._write(block, self._spans[number][0])
+                    self._digests[number] = self._put(block, self._spans[number][0])
             finally:
                 if free is not None:
                     free()
         except BaseException as error:
             self._failure = self._failure or error
+
+    def _put(self, block: memoryview, offset: int) -> str:
+        """Digest and write a block; past the page cache at once, else in portions that the processor's cache holds."""
+        hasher = xxhash.xxh3_128()
+        portion = _PORTION if self._direct is None else len(block)
+        for start in range(0, len(block), portion):
+            hasher.update(block[start : start + portion])
+            self._write(block[start : start + portion], offset + start)
+        return hasher.hexdigest()
 
     def _write(self, block: memoryview, offset: int) -> None:
         """Write whole pages directly where that works, and the rest through the page cache."""
@@ -182,7 +194,9 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def _open_direct(path: Path) -> int | None:
-    """A second descriptor that goes past the page cache, or None where the file system does not offer it."""
+    """A second descriptor that goes past the page cache, or None where there is no such way."""
+    if (mounted_as(path) or "").startswith(_IN_MEMORY):
+        return None  # from Linux 6.6 on it takes O_DIRECT, and copies all the same
     try:
         return os.open(path, os.O_WRONLY | os.O_DIRECT)
     except OSError as error:

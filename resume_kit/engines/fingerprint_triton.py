@@ -16,10 +16,8 @@ from resume_kit.algebra.boxes import Runs
 from resume_kit.engines import fingerprint_tiles as tiles
 from resume_kit.engines.triton_kernels import sum_tiles
 
-BLOCK = 1024
-"""Positions of one step of a program: 8 a thread."""
-
-WARPS = 4
+BLOCK, UNROLL, WARPS = 1024, 4, 4
+"""Positions that a program adds up side by side, 8 a thread; how many such blocks a step of its loop has; warps."""
 
 
 class TileSums:
@@ -44,7 +42,7 @@ class TileSums:
         """Add each piece's weighted sum to its row of `out`, int64 on the pieces' device, on its current stream."""
         with torch.cuda.device(out.get_device()):
             for (size, grid, rows), table in self._launches:
-                sum_tiles[(rows,)](table, out, SIZE=size, GRID=grid, BLOCK=BLOCK, num_warps=WARPS)
+                sum_tiles[(rows,)](table, out, SIZE=size, GRID=grid, BLOCK=BLOCK, UNROLL=UNROLL, num_warps=WARPS)
 
 
 def takes(data: torch.Tensor, runs: Runs) -> bool:

@@ -1,7 +1,7 @@
 """Triton kernels: programs over tables of tiles, see `fingerprint_tiles` for the columns.
 
-A program takes one row. It adds up whole steps of BLOCK positions, whose loads are vectors without a mask, and then the
-steps at the ends of its tile, element by element.
+A program takes one row. It adds up whole steps of UNROLL * BLOCK positions, whose loads are vectors without a mask, and
+then the steps at the ends of its tile, element by element.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ def _of_grid(ahead, gap, magic):
 
 
 @triton.jit
-def sum_tiles(table, out, SIZE: tl.constexpr, GRID: tl.constexpr, BLOCK: tl.constexpr):
-    """Add the weighted sum of each row's elements, of SIZE bytes, to out[row of the result]. GRID: short runs."""
+def sum_tiles(table, out, SIZE: tl.constexpr, GRID: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+    """Add the weighted sum of each row's elements, of SIZE bytes, to out[row of the result]. GRID: short runs.
+
+    A thread takes vectors, so that it has one z for each and reaches the vector's elements by constants.
+    """
     row = table + tl.program_id(0) * (8 if GRID else 5)
     address = tl.load(row) * 16
     if SIZE == 1:
@@ -62,21 +65,27 @@ def sum_tiles(table, out, SIZE: tl.constexpr, GRID: tl.constexpr, BLOCK: tl.cons
         before = tl.load(row + 5).to(tl.int32)
         gap = tl.load(row + 6).to(tl.uint64, bitcast=True)
         magic = tl.load(row + 7).to(tl.uint32)
-    begin = tl.where(lo > 0, BLOCK, 0)  # from begin to end: whole steps
-    end = tl.maximum(hi // BLOCK * BLOCK, begin)
+    whole: tl.constexpr = UNROLL * BLOCK
+    begin = tl.where(lo > 0, whole, 0)  # from begin to end: whole steps
+    end = tl.maximum(hi // whole * whole, begin)
 
-    lane = tl.arange(0, BLOCK)
-    here = z + begin.to(tl.uint64) * _STEP + lane.to(tl.uint64) * _STEP
-    total = tl.zeros((BLOCK,), tl.uint64)
-    upper = tl.zeros((BLOCK,), tl.uint32)
-    for start in range(begin, end, BLOCK):
-        bits = tl.load(data + start + lane)
-        if GRID:
-            total, upper = _add(bits, z + _of_grid(start + lane + before, gap, magic), total, upper)
-        else:
-            total, upper = _add(bits, here, total, upper)
-            here += BLOCK * _STEP & _MASK
-    result = tl.sum(total + (upper.to(tl.uint64) << 32), 0)
+    length: tl.constexpr = min(8, 16 // SIZE)  # of a vector
+    vector = tl.arange(0, BLOCK // length) * length
+    within = tl.arange(0, length)
+    lane = vector[:, None] + within[None, :]
+    here = z + begin.to(tl.uint64) * _STEP + vector.to(tl.uint64) * _STEP
+    total = tl.zeros((BLOCK // length, length), tl.uint64)
+    upper = tl.zeros((BLOCK // length, length), tl.uint32)
+    for start in range(begin, end, whole):
+        for part in tl.static_range(UNROLL):
+            at = start + part * BLOCK + lane
+            bits = tl.load(data + at)
+            if GRID:
+                total, upper = _add(bits, z + _of_grid(at + before, gap, magic), total, upper)
+            else:
+                total, upper = _add(bits, here[:, None] + within[None, :].to(tl.uint64) * _STEP, total, upper)
+                here += BLOCK * _STEP & _MASK
+    result = tl.sum(total + (upper.to(tl.uint64) << 32))
 
     total = tl.zeros((_EDGE,), tl.uint64)
     upper = tl.zeros((_EDGE,), tl.uint32)

@@ -187,6 +187,25 @@ def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "x").read_bytes() == work.image
 
 
+@pytest.mark.parametrize("mount", ["tmpfs tmpfs", "ramfs none"])
+def test_a_memory_file_system_gets_portions(mount: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "mounted_as", lambda path: mount)
+    monkeypatch.setattr(writing, "_PORTION", 1000)
+    pwrite, sizes = os.pwrite, []
+
+    def note(descriptor: int, data: memoryview, offset: int) -> int:
+        assert not is_direct(descriptor)
+        sizes.append(len(data))
+        return pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", note)
+    work = Writing(tmp_path / "x", page_aligned(3 * BLOCK + 5))
+    work.submit_all()
+    assert work.file.finish() == digest_image(work.image, BLOCK)
+    assert (tmp_path / "x").read_bytes() == work.image
+    assert max(sizes) == 1000 and sum(sizes) == len(work.image)
+
+
 def test_a_file_system_that_wants_another_alignment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_direct(tmp_path)
     pwrite, refused = os.pwrite, []
