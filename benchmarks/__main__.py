@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.resume_run import hardware
+from benchmarks.machine import hardware
 from benchmarks.suite import parts
 from benchmarks.suite.adjusting import adjusted
 from benchmarks.suite.compare import comparison
@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         hardware=hardware(),
         versions=software_versions(),
         settings={"peers": options.peers, "set": options.set, "ranks": options.ranks, "budget": options.budget}
-        | {name: getattr(preset, name) for name in ("repeats", "phases", "phase_steps", "save_every")},
+        | {name: getattr(preset, name) for name in ("about", "repeats", "phases", "phase_steps", "save_every")},
     )
     results.write(options.out)
     failures = parts.run_parts(preset, arguments, options.only, options.budget)
@@ -95,7 +95,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         results.parts.setdefault(part, {})["failure"] = problem
     results.write(options.out)
     print(f"see {write_report(options.out, results)}")
-    failed = [row for row in results.rows if row.group in ("ours", "reshard") and row.failure]
+    failed = [row for row in results.rows if row.group in ("ours", "reshard", "continuation") and row.failure]
     for row in failed:
         print(f"{row.part}, {row.target}, {row.system} failed: {row.failure}")
     return 1 if failures or failed else 0

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import hardware
 from benchmarks.planning_documents import BYTES_PER_ELEMENT, documents, spread
 from benchmarks.planning_report import draw, markdown
-from benchmarks.resume_run import hardware
 from resume_kit.environment import software_versions
 from resume_kit.planning.layouts.geometry import Geometry, Weight
 from resume_kit.planning.layouts.layout import Layout

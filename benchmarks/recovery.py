@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.resume_run import hardware
+from benchmarks.machine import hardware
 from resume_kit.environment import software_versions
 from resume_kit.recovery.history import history
 from tests.cluster.cluster import Cluster, missing_parts

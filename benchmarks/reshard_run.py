@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.resume_run import ROOT, hardware, newest
+from benchmarks.machine import ROOT, hardware
 from resume_kit.checkpoint import names
+from resume_kit.checkpoint.manifest import Manifest, read_manifest
 from resume_kit.environment import software_versions
 from resume_kit.run.journal import read_journal
 
@@ -93,6 +94,10 @@ def launch(options: argparse.Namespace, leg: Leg, run: Path, *, steps: int) -> f
     start = time.perf_counter()
     subprocess.run(command, check=True, cwd=ROOT, env=environment)
     return time.perf_counter() - start
+
+
+def newest(run: Path) -> Manifest:
+    return read_manifest(run / names.step_directory(names.committed_steps(run)[-1]))
 
 
 def account(run: Path) -> dict[str, Any]:

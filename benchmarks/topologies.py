@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.resume_run import ROOT, hardware
+from benchmarks.machine import ROOT, hardware
 from benchmarks.topologies_report import line, markdown, with_table
 from resume_kit.environment import software_versions
 from resume_kit.policy.policy import TOLERANCES

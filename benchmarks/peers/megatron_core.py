@@ -66,6 +66,7 @@ class MegatronPlain(Peer):
         from megatron.core import dist_checkpointing
 
         loaded: dict[str, Any] = dist_checkpointing.load(self._state(loading=True), str(self.folder()))
+        self._separate_steps()
         return loaded
 
     def _take(self, loaded: dict[str, Any]) -> None:
@@ -74,10 +75,15 @@ class MegatronPlain(Peer):
             inner = chunk.module
             inner = inner.module if hasattr(inner, "module") else inner
             inner.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{number}"])
+        self._training.optimizer.load_state_dict(loaded["optimizer"])
+        self._separate_steps()
+
+    def _separate_steps(self) -> None:
+        """Its `load_state_dict`, which `sharded_state_dict` calls too before a load, gives all parameters one tensor:
+        torch's AdamW would count it up once for each of them.
+        """
         optimizer = self._training.optimizer
-        optimizer.load_state_dict(loaded["optimizer"])
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            # it gives all parameters one tensor, which torch's AdamW would count up once for each of them
             for state in part.optimizer.state.values():
                 if torch.is_tensor(state.get("step")):
                     state["step"] = state["step"].clone()

@@ -61,9 +61,14 @@ class Account:
         return late
 
 
-def run_dir(job: Job, folder: Path) -> Path:
-    """Where the kit's run of a workload lies, for its legs too."""
-    return folder / "resume-kit-benchmarks" / job.spec.name / "kit"
+def place_of(job: Job, folder: Path) -> Path:
+    """Where a workload and its legs write on a file system."""
+    return folder / "resume-kit-benchmarks" / job.spec.name
+
+
+def run_of_legs(job: Job) -> Path:
+    """The run directory that a workload begins and its legs resume."""
+    return place_of(job, job.work[0]) / "run"
 
 
 def label_of(account: Account, folder: Path) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.suite import storage
-from benchmarks.suite.account import Account, label_of, median_text, run_dir
+from benchmarks.suite.account import Account, label_of, median_text, run_of_legs
+from benchmarks.suite.continuation import continue_again
 from benchmarks.suite.ours import WAYS, Ours, Trainer, topology_text
 from benchmarks.suite.presets import Leg
 from benchmarks.suite.results import Row
@@ -13,15 +14,14 @@ from benchmarks.suite.workloads import Workload
 
 def measure_leg(account: Account, workload: Workload, leg: Leg) -> None:
     """Resume the workload's checkpoint in this topology, again and again; save it, where the leg says so."""
-    job, clock, folder = account.job, account.clock, account.job.work[0]
-    label = label_of(account, folder)
-    home = run_dir(job, folder)
+    job, clock = account.job, account.clock
+    label, home = label_of(account, job.work[0]), run_of_legs(job)
     row = Row(job.part, label, "reshard", f"{job.spec.name} → {leg.name}")
     account.rows.append(row)
     trainers: list[Trainer] = []
 
     def first() -> None:
-        trainers.append(Trainer(workload, home, global_batch="change", configuration="warn"))
+        trainers.append(Trainer(workload, home, global_batch="change", configuration="warn", replay="warn"))
 
     def resume() -> None:
         seconds = trainers[0].resume() if number else first_seconds
@@ -43,6 +43,9 @@ def measure_leg(account: Account, workload: Workload, leg: Leg) -> None:
             clock.barrier()
             clock.attempt(resume)
             account.publish()
+        row.note = "; ".join(f"gate: {c.name} {c.figure}" for c in trainer.kit.report.checks if c.stage == "gate")
+        if leg.continues:
+            continue_again(account, trainer, label)
         if leg.saves:
             trainer.step()
             trainer.kit.save()

@@ -52,9 +52,11 @@ class Trainer:
         assert self.kit.report is not None
         return dict(self.kit.report.seconds)
 
-    def step(self) -> None:
-        """One optimizer step, told to the kit."""
-        self.kit.step(self.workload.step(self._batches))
+    def step(self) -> dict[str, Any]:
+        """One optimizer step, told to the kit; its record."""
+        record = self.kit.step(self.workload.step(self._batches))
+        assert record is not None
+        return record
 
     def close(self) -> None:
         self.kit.close()

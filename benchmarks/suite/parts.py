@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from benchmarks.machine import ROOT
 from benchmarks.suite.presets import Leg, Preset, WorkloadSpec
 from resume_kit.errors import UsageError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 _GRACE = 120.0  # seconds beyond its deadline for a part to finish a repeat, before it is killed
 
 _FAREWELL = 60.0  # seconds for torchrun to end its ranks, before it is killed itself
+
+_SHARES = 5  # of the time that is left a workload gets so many shares, a leg one
 
 Part = tuple[WorkloadSpec, Leg | None]
 
@@ -44,7 +45,7 @@ def hide_gpus(preset: Preset) -> None:
 def run_parts(preset: Preset, arguments: Sequence[str], only: Sequence[str], budget: float | None) -> dict[str, str]:
     """Start every part; what went wrong, by part. `arguments` are those of `run`, for the ranks to read again.
 
-    With a budget (seconds) each part gets an equal share of what the parts before it have left.
+    With a budget (seconds) each part gets a share of what the parts before it have left.
     """
     parts = parts_of(preset, only)
     end = None if budget is None else time.time() + budget
@@ -53,7 +54,7 @@ def run_parts(preset: Preset, arguments: Sequence[str], only: Sequence[str], bud
         if leg is not None and spec.name in failures:
             failures[name] = f"{spec.name} left no checkpoint"
             continue
-        deadline = None if end is None else time.time() + max(0.0, end - time.time()) / (len(parts) - number)
+        deadline = None if end is None else time.time() + max(0.0, end - time.time()) * share(parts[number:])
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={leg.ranks if leg else spec.ranks}", "-m", "benchmarks", "run", *arguments]
         command += ["--part", name, *(["--deadline", f"{deadline:.0f}"] if deadline else [])]
@@ -62,6 +63,12 @@ def run_parts(preset: Preset, arguments: Sequence[str], only: Sequence[str], bud
             failures[name] = problem
             print(f"== {name} {problem}", flush=True)
     return failures
+
+
+def share(parts: Sequence[tuple[str, Part]]) -> float:
+    """The first one's fraction of the time that is left for these parts."""
+    weights = [_SHARES if leg is None else 1 for _, (_, leg) in parts]
+    return weights[0] / sum(weights)
 
 
 def _finished(command: Sequence[str], limit: float | None) -> str:

@@ -12,13 +12,15 @@ from resume_kit.errors import UsageError
 class Leg:
     """Another topology that resumes a workload's checkpoint, in a process group of its own.
 
-    saves: it trains a step and saves, so that the next leg starts from its checkpoint.
+    saves: it trains a step and saves, so that the next leg starts from its checkpoint. continues: it is the workload's
+    own topology, and trains the steps again that the workload has trained from that checkpoint.
     """
 
     name: str
     ranks: int
     settings: tuple[str, ...] = ()
     saves: bool = False
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class WorkloadSpec:
     settings: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
     legs: tuple[Leg, ...] = ()
+
+    @property
+    def continues(self) -> bool:
+        """Whether it trains some steps after the checkpoint of its legs twice, for a leg to train them once more."""
+        return any(leg.continues for leg in self.legs)
 
 
 @dataclass(frozen=True)
@@ -71,9 +78,13 @@ MEGATRON_PEERS = ("megatron-plain", "megatron-async", "megatron-reshardable", "d
 ZERO, MEGATRON = "configs/zero3_{}.yaml", "configs/megatron_{}.yaml"
 
 
-def _settings(words: str) -> tuple[str, ...]:
-    """Settings of a workload: those of all, which leave what they measure alone, and `words`."""
-    return ("run.deterministic=false", "data.num_workers=0", "data.max_bytes=8000000", *words.split())
+def _settings(words: str, *, deterministic: bool = False) -> tuple[str, ...]:
+    """Settings of a workload: those of all, which leave what they measure alone, and `words`.
+
+    deterministic: so that steps can be compared; while systems are measured it is off, see suite/continuation.py.
+    """
+    repeatable = f"run.deterministic={str(deterministic).lower()}"
+    return (repeatable, "data.num_workers=0", "data.max_bytes=8000000", *words.split())
 
 
 _SMOKE = Preset(
@@ -153,7 +164,7 @@ _GPU_SMALL = Preset(
 
 _GPU_500M = Preset(
     name="gpu-500m",
-    about="one GPU, 0.55 billion parameters, 6.6 GB of state, steps long enough to write it beneath ten of them",
+    about="one GPU, 0.5 billion parameters, 6.2 GB of state; steps that the GPU bounds, ten as long as a write",
     workloads=(
         WorkloadSpec(
             "zero3",
@@ -161,8 +172,9 @@ _GPU_500M = Preset(
             ZERO.format("1b"),
             1,
             _settings(
-                "micro_batch_size=4 gradient_accumulation_steps=2 model.hidden_size=1536 model.intermediate_size=4096 "
-                "model.num_hidden_layers=16"
+                "micro_batch_size=144 gradient_accumulation_steps=2 data.sequence_length=256 model.vocab_size=8192 "
+                "model.hidden_size=2560 model.intermediate_size=6912 model.num_hidden_layers=6 "
+                "model.num_attention_heads=20 model.num_key_value_heads=20"
             ),
             DEEPSPEED_PEERS,
         ),
@@ -172,8 +184,9 @@ _GPU_500M = Preset(
             MEGATRON.format("1b"),
             1,
             _settings(
-                "micro_batch_size=2 global_batch_size=8 model.hidden_size=1536 model.ffn_hidden_size=4096 "
-                "model.layers=16 model.query_groups=16"
+                "micro_batch_size=72 global_batch_size=288 data.sequence_length=256 model.vocabulary=8192 "
+                "model.hidden_size=2560 model.ffn_hidden_size=6912 model.layers=6 model.attention_heads=20 "
+                "model.query_groups=20"
             ),
             MEGATRON_PEERS,
         ),
@@ -191,44 +204,84 @@ _GPU_1B = Preset(
     ),
 )
 
-_GPU_8X = Preset(
-    name="gpu-8x",
-    about="eight GPUs of one host, 2.7 billion parameters, about 33 GB of state; resharding to other topologies",
-    repeats=3,
-    phase_steps=10,
-    save_every=5,
-    effect=("overlapped",),
-    workloads=(
-        WorkloadSpec(
-            "zero3",
-            "deepspeed",
-            ZERO.format("1b"),
-            8,
-            _settings(
-                "model.hidden_size=2560 model.intermediate_size=6912 model.num_hidden_layers=32 "
-                "model.num_attention_heads=32 model.num_key_value_heads=32"
+_ZERO_RANKS = {8: (6, 4, 8), 2: (1, 2)}
+"""Ranks of a run -> those that resume it under ZeRO-3, one after the other."""
+
+_LAYOUTS = {8: ((2, 2), (8, 1), (4, 2), (1, 8), (1, 1)), 2: ((2, 1), (1, 2), (1, 1))}
+"""Ranks of a run -> tensor and pipeline sizes of a Megatron run, and of those that resume it."""
+
+
+def _several(
+    name: str, ranks: int, about: str, zero: str, megatron: str, *, device: Literal["any", "cpu"] = "any"
+) -> Preset:
+    """ZeRO-3 and Megatron on several ranks: measured, continued bit-exactly, resumed in other topologies.
+
+    `zero` and `megatron` are the sizes of the models, as settings. On CPU ranks all is the same but these.
+    """
+    (first, layout), *others = [_layout(ranks, *sizes) for sizes in _LAYOUTS[ranks]]
+    return Preset(
+        name,
+        about,
+        device=device,
+        repeats=2,
+        phases=1,
+        phase_steps=10 if device == "any" else 4,
+        save_every=5 if device == "any" else 2,
+        effect=("overlapped",),
+        workloads=(
+            WorkloadSpec(
+                "zero3",
+                "deepspeed",
+                ZERO.format("1b"),
+                ranks,
+                _settings(zero, deterministic=True),
+                ("dcp-thread", "deepspeed"),
+                (
+                    Leg("zero3-again", ranks, continues=True),
+                    *(Leg(f"zero3-on-{other}", other, saves=True) for other in _ZERO_RANKS[ranks]),
+                ),
             ),
-            ("deepspeed", "dcp-thread"),
-            (Leg("zero3-on-6", 6, saves=True), Leg("zero3-on-4", 4, saves=True), Leg("zero3-on-8", 8)),
+            WorkloadSpec(
+                first,
+                "megatron",
+                MEGATRON.format("1b"),
+                ranks,
+                (*_settings(megatron, deterministic=True), *layout),
+                ("dcp-thread", "megatron-async", "megatron-plain", "megatron-reshardable"),  # the slowest last
+                (
+                    Leg("megatron-again", ranks, continues=True),
+                    *(Leg(other, ranks, settings, saves=ranks == 2) for other, settings in others),
+                ),
+            ),
         ),
-        WorkloadSpec(
-            "megatron-tp2-pp2-dp2",
-            "megatron",
-            MEGATRON.format("1b"),
-            8,
-            _settings(
-                "global_batch_size=8 parallel.tensor=2 parallel.pipeline=2 model.layers=32 model.hidden_size=2560 "
-                "model.ffn_hidden_size=6912 model.attention_heads=32 model.query_groups=8"
-            ),
-            ("megatron-plain", "megatron-async", "megatron-reshardable"),
-            (
-                Leg("megatron-tp8", 8, ("parallel.tensor=8", "parallel.pipeline=1")),
-                Leg("megatron-tp4-pp2", 8, ("parallel.tensor=4", "parallel.pipeline=2")),
-                Leg("megatron-pp8", 8, ("parallel.tensor=1", "parallel.pipeline=8")),
-                Leg("megatron-dp8", 8, ("parallel.tensor=1", "parallel.pipeline=1")),
-            ),
-        ),
-    ),
+    )
+
+
+def _layout(ranks: int, tensor: int, pipeline: int) -> tuple[str, tuple[str, ...]]:
+    """Name and settings of a Megatron run."""
+    sizes = {"tp": tensor, "pp": pipeline, "dp": ranks // (tensor * pipeline)}
+    name = "-".join(["megatron", *(f"{axis}{size}" for axis, size in sizes.items() if size > 1)])
+    return name, (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}")
+
+
+_THREE_BILLION = (
+    "model.hidden_size=3072 model.intermediate_size=7168 model.num_hidden_layers=32 "
+    "model.num_attention_heads=32 model.num_key_value_heads=8",
+    "model.hidden_size=3072 model.ffn_hidden_size=7168 model.layers=32 model.attention_heads=32 model.query_groups=8",
 )
 
-PRESETS = {preset.name: preset for preset in (_SMOKE, _CPU_TINY, _GPU_SMALL, _GPU_500M, _GPU_1B, _GPU_8X)}
+_TINY = (
+    "micro_batch_size=1 data.sequence_length=32 model.vocab_size=2048 model.hidden_size=128 "
+    "model.intermediate_size=256 model.num_hidden_layers=8 model.num_attention_heads=8 model.num_key_value_heads=8",
+    "data.sequence_length=32 model.vocabulary=2048 model.hidden_size=128 model.ffn_hidden_size=256 model.layers=8 "
+    "model.attention_heads=8 model.query_groups=8",
+)
+
+_SEVERAL = (
+    _several("gpu-2x", 2, "two GPUs of one host, 1.1 billion parameters, about 13 GB of state", "", ""),
+    _several("gpu-8x", 8, "eight GPUs of one host, 3.1 billion parameters, about 37 GB of state", *_THREE_BILLION),
+    _several("cpu-2x", 2, "gpu-2x rehearsed on CPU ranks: its times are no measurement", *_TINY, device="cpu"),
+    _several("cpu-8x", 8, "gpu-8x rehearsed on CPU ranks: its times are no measurement", *_TINY, device="cpu"),
+)
+
+PRESETS = {preset.name: preset for preset in (_SMOKE, _CPU_TINY, _GPU_SMALL, _GPU_500M, _GPU_1B, *_SEVERAL)}

@@ -51,6 +51,8 @@ def document(results: Results) -> Iterator[str]:
     yield f"# Benchmarks: {results.preset}"
     yield ""
     yield f"{results.date}; {machine(results)}; {software(results)}."
+    if about := results.settings.get("about"):
+        yield f"{results.preset}: {about}."
     yield ""
     yield from (f"    {command}" for command in results.commands)
     yield ""
@@ -133,6 +135,12 @@ def _target(rows: Sequence[Row]) -> Iterator[str]:
     yield from _others(rows, "rate", ["by itself", "GB", "seconds", "GB/s", "note"])
     yield from _others(rows, "planning", ["planning", "GB", "seconds", "GB/s", "note"])
     yield from _training([row for row in rows if row.group == "training"])
+    again = [row for row in rows if row.group == "continuation"]
+    if again:
+        yield "Trained again from a checkpoint, algorithms deterministic; records of steps and fingerprints compared:"
+        yield ""
+        yield from table(["where", "outcome"], [[row.system, row.failure or row.note] for row in again])
+        yield ""
     legs = [row for row in rows if row.group == "reshard"]
     if legs:
         yield from table(
@@ -143,7 +151,11 @@ def _target(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _stages(row: Row) -> list[str]:
-    return [_spread(row, stage) for stage in ("preflight", "load", "prove", "gate")]
+    """Without further repeats those of the first, which says so."""
+    stages = ("preflight", "load", "prove", "gate")
+    if row.samples:
+        return [_spread(row, stage) for stage in stages]
+    return [f"first: {seconds(row.first[stage])}" if stage in row.first else "" for stage in stages]
 
 
 def _system(row: Row) -> list[str]:

@@ -15,7 +15,7 @@ from resume_kit.errors import UsageError
 SCHEMA = 1
 FILE = "results.json"
 
-Group = Literal["ours", "peer", "floor", "training", "rate", "planning", "reshard"]
+Group = Literal["ours", "peer", "floor", "training", "rate", "planning", "reshard", "continuation"]
 
 
 @dataclass(frozen=True)

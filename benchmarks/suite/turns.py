@@ -32,9 +32,14 @@ class Turns:
         self._floors: _Floors | None = None
         self.floor_rows: list[Row] = []
 
-    def take(self, *, first: bool) -> None:
-        """One repeat: every system once, then the floors with as many bytes as the kit wrote."""
+    def take(self, *, first: bool, late: Callable[[str], bool] = lambda _: False) -> None:
+        """One repeat: every system once, then the floors with as many bytes as the kit wrote.
+
+        late: asked before each peer, but in the first repeat, whether there is no time for it and for those after it.
+        """
         for system, row in list(self._active):
+            if system.group == "peer" and not first and late(system.name):
+                break
             try:
                 self._save(system, row, first)
                 if system.loads and system.name not in self._cannot_load:

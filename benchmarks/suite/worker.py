@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from benchmarks.peers.peer import System
 from benchmarks.peers.registry import PEERS
-from benchmarks.suite.account import Account, Job, label_of, median_text, run_dir
+from benchmarks.suite.account import Account, Job, label_of, median_text, place_of
+from benchmarks.suite.continuation import begin_run
 from benchmarks.suite.effect import Effect
 from benchmarks.suite.legs import measure_leg
 from benchmarks.suite.ours import WAYS, Ours, Trainer
@@ -27,7 +29,8 @@ def run(job: Job) -> None:
     """Measure the part. Collective; joins and leaves the default process group."""
     began = time.perf_counter()
     settings = [*job.spec.settings, *(job.leg.settings if job.leg else ()), f"run.dir={job.work[0]}"]
-    workload = build(job.spec.engine, job.spec.config, settings)
+    workload = build(job.spec.engine, job.spec.config, settings, initial=job.leg is None)
+    torch.use_deterministic_algorithms(False)  # what is measured trains as usual; `continuation` switches it on
     clock = Clock(workload.device)
     account = Account(
         job,
@@ -48,28 +51,29 @@ def run(job: Job) -> None:
         if job.leg:
             measure_leg(account, workload, job.leg)
         else:
+            labels = [label_of(account, folder) for folder in job.work]
+            if job.spec.legs:
+                begin_run(account, workload, labels[0])
             end = job.deadline
-            for number, folder in enumerate(job.work):
+            for number, (folder, label) in enumerate(zip(job.work, labels, strict=True)):
                 if end is not None:  # an equal share of the time that is left
                     job.deadline = time.time() + (end - time.time()) / (len(job.work) - number)
-                _target(account, workload, folder, keep=number == 0 and bool(job.spec.legs))
+                _target(account, workload, folder, label)
     finally:
         account.publish()
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _target(account: Account, workload: Workload, folder: Path, *, keep: bool) -> None:
-    """Everything on one file system. `keep` leaves the kit's checkpoints for the legs."""
+def _target(account: Account, workload: Workload, folder: Path, label: str) -> None:
+    """Everything on one file system; what it writes there it deletes again."""
     job, clock, preset = account.job, account.clock, account.job.preset
-    home = run_dir(job, folder)
-    place = home.parent
+    place = place_of(job, folder) / "measured"
     if clock.rank == 0:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
     clock.barrier()
-    label = label_of(account, folder)
-    trainer = Trainer(workload, home)
+    trainer = Trainer(workload, place / "kit")
 
     def step() -> int:
         trainer.step()
@@ -83,7 +87,7 @@ def _target(account: Account, workload: Workload, folder: Path, *, keep: bool) -
     for repeat in range(preset.repeats + 1):
         if repeat and account.out_of_time(f"{label}: {repeat - 1} of {preset.repeats} repeats"):
             break
-        turns.take(first=repeat == 0)
+        turns.take(first=repeat == 0, late=lambda peer: account.out_of_time(f"{label}: a repeat ended before {peer}"))
         account.facts["targets"][label] |= turns.ways
         if repeat == 0:
             account.rows += turns.floor_rows
@@ -101,9 +105,7 @@ def _target(account: Account, workload: Workload, folder: Path, *, keep: bool) -
     trainer.close()
     clock.barrier()
     if clock.rank == 0:
-        doomed = [path for path in place.iterdir() if path != home] if keep else [place]
-        for path in doomed:
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
     clock.barrier()
 
 

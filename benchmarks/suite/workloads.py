@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.machine import ROOT
 from launch import train_megatron, train_zero3
 from launch.config import TrainConfig, load_as
 from launch.megatron_config import MegatronConfig
 from resume_kit import ResumableLoader
-
-ROOT = Path(__file__).resolve().parents[2]
 
 Batches = Iterator[dict[str, Any]]
 
@@ -41,13 +40,16 @@ class Workload(Protocol):
 
 
 class ZeroRun:
-    """A DeepSpeed run."""
+    """A DeepSpeed run. Without `initial` its weights are whatever lies in memory: a checkpoint will bring them."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, initial: bool) -> None:
         train_zero3.prepare_environment(config)
+        from transformers.initialization import no_init_weights
+
         self._backend = "nccl" if train_zero3.uses_cuda() else "gloo"
         self.config = config
-        self.engine, self.loader = train_zero3.build(config)
+        with nullcontext() if initial else no_init_weights():  # on a host's cores it takes seconds a billion weights
+            self.engine, self.loader = train_zero3.build(config)
         self.device = torch.device(self.engine.device)
 
     def step(self, batches: Batches) -> torch.Tensor | None:
@@ -119,11 +121,14 @@ def _named(masters: Sequence[torch.Tensor], state: Any) -> dict[str, torch.Tenso
     return found
 
 
-def build(engine: str, config: str, settings: Sequence[str]) -> Workload:
-    """The workload on this rank. Joins the default process group. Raises `UsageError` for settings that cannot be."""
+def build(engine: str, config: str, settings: Sequence[str], *, initial: bool = True) -> Workload:
+    """The workload on this rank; `initial`: with weights to begin training with. Joins the default process group.
+
+    Raises `UsageError` for settings that cannot be.
+    """
     # torchdata calls this deprecated function of torch whenever an iterator is made
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
     path = ROOT / config
     if engine == "megatron":
         return MegatronRun(load_as(MegatronConfig, path, settings))
-    return ZeroRun(load_as(TrainConfig, path, settings))
+    return ZeroRun(load_as(TrainConfig, path, settings), initial=initial)

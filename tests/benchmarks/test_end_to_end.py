@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.machine import ROOT
 from benchmarks.suite.parts import _finished
 from benchmarks.suite.results import read_results
-from benchmarks.suite.workloads import ROOT
 
 
 @pytest.mark.slow

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
+from benchmarks.machine import ROOT
 from benchmarks.peers.registry import PEERS
 from benchmarks.suite.adjusting import adjusted
-from benchmarks.suite.parts import parts_of
+from benchmarks.suite.parts import parts_of, share
 from benchmarks.suite.presets import PRESETS
-from benchmarks.suite.workloads import ROOT
 from launch.config import TrainConfig, load_as
 from launch.megatron_config import MegatronConfig
 from resume_kit.errors import UsageError
@@ -27,6 +28,49 @@ def test_every_workload_and_leg_can_be_configured(name: str) -> None:
                 assert config.micro_batches(topology.data_parallel) >= 1
         assert all(spec.engine in PEERS[peer].engines for peer in spec.peers)
     assert set(PRESETS[name].effect) <= {"overlapped", "staged", "committed", *PEERS}
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_a_rehearsal_differs_in_sizes_only(ranks: int) -> None:
+    gpu, cpu = PRESETS[f"gpu-{ranks}x"], PRESETS[f"cpu-{ranks}x"]
+    for real, rehearsed in zip(gpu.workloads, cpu.workloads, strict=True):
+        assert replace(real, settings=()) == replace(rehearsed, settings=())
+        assert real.ranks == ranks
+        assert real.continues
+    assert (gpu.device, cpu.device) == ("any", "cpu")
+    assert "no measurement" in cpu.about
+    assert [name for name, _ in parts_of(PRESETS["cpu-8x"])] == [
+        "zero3",
+        *("zero3-again", "zero3-on-6", "zero3-on-4", "zero3-on-8"),
+        "megatron-tp2-pp2-dp2",
+        *("megatron-again", "megatron-tp8", "megatron-tp4-pp2", "megatron-pp8", "megatron-dp8"),
+    ]
+
+
+def test_eight_gpus_train_three_billion_parameters() -> None:
+    for spec in PRESETS["gpu-8x"].workloads:
+        if spec.engine == "megatron":
+            config = load_as(MegatronConfig, ROOT / spec.config, spec.settings)
+            assert config.run.deterministic
+            model = config.model
+            sizes = (model.hidden_size, model.feed_forward, model.layers, model.vocabulary)
+            heads, groups = model.attention_heads, model.query_groups or model.attention_heads
+        else:
+            mapping = load_as(TrainConfig, ROOT / spec.config, spec.settings).model
+            names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+            sizes = tuple(mapping[name] for name in names)  # type: ignore[assignment] # four numbers
+            heads, groups = mapping["num_attention_heads"], mapping["num_key_value_heads"]
+        hidden, inner, layers, vocabulary = sizes
+        attention = 2 * hidden * hidden + 2 * hidden * (hidden // heads) * groups
+        weights = layers * (attention + 3 * hidden * inner) + 2 * (vocabulary or 0) * hidden
+        assert 3.0e9 < weights < 3.2e9
+
+
+def test_of_a_budget_a_workload_gets_five_times_as_much_as_a_leg() -> None:
+    parts = parts_of(PRESETS["gpu-8x"])
+    assert share(parts) == 5 / 19
+    assert share(parts[1:]) == 1 / 14
+    assert share(parts[-1:]) == 1
 
 
 def test_settings_go_where_they_belong() -> None:

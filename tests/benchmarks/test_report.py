@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.suite.report import BEGIN, END, document, excerpt, write_report, write_to_readme
+from benchmarks.suite.results import Row
 from resume_kit.errors import UsageError
 from tests.benchmarks.examples import results
 
@@ -40,6 +41,23 @@ def test_training_is_held_against_training_without_saves() -> None:
 def test_rates_and_legs_have_tables() -> None:
     assert any(line.startswith("| fingerprints on the device | 2.00 |") and "2000.00" in line for line in lines())
     assert any(line.startswith("| zero3 → zero3-on-3 |") and "2.50 (2.50–2.50)" in line for line in lines())
+
+
+def test_a_continuation_says_its_outcome_and_a_rehearsal_that_it_is_one() -> None:
+    made = results()
+    made.settings["about"] = "no measurement"
+    made.rows.append(Row("zero3", "ext4", "continuation", "here", note="identical: 2 of 2 tensors, 4 of 4 steps"))
+    made.rows.append(Row("zero3", "ext4", "continuation", "there", failure="identical are only 1 of 2 tensors"))
+    text = list(document(made))
+    assert "by-hand: no measurement." in text
+    assert "| here | identical: 2 of 2 tensors, 4 of 4 steps |" in text
+    assert "| there | identical are only 1 of 2 tensors |" in text
+
+
+def test_a_leg_without_further_repeats_shows_its_first() -> None:
+    made = results()
+    made.rows.append(Row("zero3-on-3", "ext4", "reshard", "once", first={"preflight": 0.5, "load": 2.0, "prove": 0.25}))
+    assert "| once |  | first: 0.50 | first: 2.00 | first: 0.25 |  |  |" in list(document(made))
 
 
 def test_what_ended_early_or_failed_is_said() -> None:

@@ -60,7 +60,14 @@ class Fake:
     def close(self) -> None: ...
 
 
-def in_turns(rank: int, world_size: int, root: str, make: Callable[[Path], list[Fake]], repeats: int) -> Any:
+def in_turns(
+    rank: int,
+    world_size: int,
+    root: str,
+    make: Callable[[Path], list[Fake]],
+    repeats: int,
+    late_at: str = "nothing",
+) -> Any:
     import torch
 
     from benchmarks.suite.results import Row
@@ -79,7 +86,7 @@ def in_turns(rank: int, world_size: int, root: str, make: Callable[[Path], list[
     rows = [Row("part", "target", "peer", system.name) for system in systems]
     turns = Turns(Clock(torch.device("cpu")), step, systems, rows, Path(root))
     for repeat in range(repeats):
-        turns.take(first=repeat == 0)
+        turns.take(first=repeat == 0, late=lambda name: name == late_at)
     dist.destroy_process_group()
     left = sorted(path.name for path in Path(root).iterdir())
     return [vars(row) for row in (*rows, *turns.floor_rows)], steps, left
@@ -107,6 +114,19 @@ def test_the_slowest_rank_counts(ranks: Ranks, tmp_path: Path) -> None:
     assert all(set(row["first"]) == set(row["samples"]) for row in (slow, exact, *floors))
     assert first[1] == 4, "one training step before every save"
     assert first[2] == [], "nothing is left behind"
+
+
+def three(root: Path) -> list[Fake]:
+    return [Fake("quick", root), Fake("middling", root), Fake("dear", root)]
+
+
+def test_a_repeat_without_time_leaves_the_rest_of_the_peers_out(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks.run(in_turns, 2, str(tmp_path), three, 2, "middling")
+    assert first[0] == second[0]
+    quick, middling, dear, *floors = first[0]
+    assert [len(row["samples"].get("durable", [])) for row in (quick, middling, dear)] == [1, 0, 0]
+    assert all(row["first"]["durable"] for row in (quick, middling, dear)), "the first repeat is always whole"
+    assert all(row["samples"] for row in floors), "the floors are measured in every repeat"
 
 
 def test_a_failure_is_told_and_stops_nobody_else(ranks: Ranks, tmp_path: Path) -> None:
