@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
 from resume_kit.checkpoint.datafile import DataFile
-from resume_kit.checkpoint.pages import allocate, whole_pages
-from resume_kit.checkpoint.readplan import ReadPlan, Window
-from resume_kit.checkpoint.sharing import Shared, default_readers, share_out
+from resume_kit.checkpoint.destination import Destination, Lane
+from resume_kit.checkpoint.node import NeighbourLost
+from resume_kit.checkpoint.pages import whole_pages
+from resume_kit.checkpoint.readplan import ReadPlan, Source, Window
+from resume_kit.checkpoint.sharing import Shared, default_readers, side_by_side
+from resume_kit.checkpoint.together import Together, copy
 from resume_kit.errors import CheckpointDamaged
 
 
@@ -30,93 +31,70 @@ class ReadAccount:
     unverified: tuple[tuple[str, int, int], ...]
 
 
-class Lane(Protocol):
-    """One thread's way into a destination."""
-
-    def memory(self) -> memoryview:
-        """Memory for one window, on whole pages. Waits until nothing needs what was in it before."""
-
-    def take(self, memory: memoryview, window: Window) -> None:
-        """Bring what the window's transfers want to their targets. `memory`, from the last call of `memory`, begins
-        with the window and has been checked."""
-
-
-class Destination(Protocol):
-    """The targets of a plan's transfers. Lanes may be used side by side: no two windows meet in a target."""
-
-    def lane(self, nbytes: int) -> AbstractContextManager[Lane]:
-        """A lane for windows of at most `nbytes`. After its end, all that it took has arrived."""
-
-
-class HostMemory:
-    """Targets in host memory, by number. What a lane takes arrives at once."""
-
-    def __init__(self, targets: Sequence[memoryview]) -> None:
-        self._targets = targets
-
-    @contextmanager
-    def lane(self, nbytes: int) -> Iterator[Lane]:
-        yield _HostLane(self._targets, allocate(nbytes))
-
-
-@dataclass(frozen=True, slots=True)
-class _HostLane:
-    targets: Sequence[memoryview]
-    window: memoryview
-
-    def memory(self) -> memoryview:
-        return self.window
-
-    def take(self, memory: memoryview, window: Window) -> None:
-        for transfer in window.transfers:
-            transfer.move(memory, window.start, self.targets[transfer.target])
-
-
 def reader_count(plan: ReadPlan, readers: int | None = None) -> int:
     """How many threads a plan is worth: at most `readers`, by default this rank's share of the cores."""
     windows = -(-plan.wanted_bytes // max(1, plan.window_bytes))
     return max(1, min(readers or default_readers(), windows))
 
 
-def window_memory(wanted_bytes: int, block_bytes: int, readers: int) -> int:
+def window_memory(wanted_bytes: int, block_bytes: int, windows: int) -> int:
     """Bytes of host memory that reading so much takes at the most, beside its targets."""
-    return block_bytes * min(readers, -(-wanted_bytes // max(1, block_bytes)))
+    return block_bytes * min(windows, -(-wanted_bytes // max(1, block_bytes)))
 
 
-def carry_out(plan: ReadPlan, directory: Path, destination: Destination, *, readers: int | None = None) -> ReadAccount:
+def carry_out(
+    plan: ReadPlan,
+    directory: Path,
+    destination: Destination,
+    *,
+    readers: int | None = None,
+    together: Together | None = None,
+) -> ReadAccount:
     """Read what the plan says, each window in one of `readers` threads. Nothing of a bad block reaches its target.
 
-    Raises `CheckpointDamaged` naming file and byte range of every bad block that was met: the first one of all, and
-    those that other threads had in hand.
+    The blocks that the plan leaves to the node are read and given, or taken, over `together`. Raises
+    `CheckpointDamaged` naming file and byte range of every bad block that was met: the first one of all, and those
+    that other threads had in hand; `NeighbourLost` if another rank of the node failed.
     """
     accounts: list[tuple[int, int]] = []
     partly: list[set[int]] = [set() for _ in plan.sources]
     damage: list[tuple[int, int, CheckpointDamaged]] = []
 
-    def read(windows: Shared[tuple[int, Window]]) -> None:
+    def read() -> None:
         read_bytes = verified_bytes = 0
         with destination.lane(whole_pages(plan.window_bytes)) as lane, _Opened(directory) as opened:
             for number, window in windows:
                 source = plan.sources[number]
-                memory = lane.memory()
                 try:
                     file = opened.file(source.file)
-                    if window.whole:
-                        file.read_block(memory, window.block, source.digests)
-                        verified_bytes += window.stop - window.start
+                    if together is not None and window.block in plan.shared[number]:
+                        _read_for_all(file, source, window, lane, together)
                     else:
-                        file.read_runs(memory, window.start, window.reads)
-                        partly[number].add(window.block)
+                        _read_alone(file, source, window, lane)
                 except CheckpointDamaged as error:
-                    windows.stop()
                     damage.append((number, window.start, error))
+                    stop()
                     break
                 read_bytes += int((window.reads[:, 1] - window.reads[:, 0]).sum())
-                lane.take(memory, window)
+                if window.whole:
+                    verified_bytes += window.stop - window.start
+                else:
+                    partly[number].add(window.block)
         accounts.append((read_bytes, verified_bytes))
 
-    every = ((number, window) for number in range(len(plan.sources)) for window in plan.windows(number))
-    share_out(every, read, reader_count(plan, readers))
+    def stop() -> None:
+        windows.stop()
+        if together is not None:
+            together.abort()
+
+    alone = ((number, window) for number in range(len(plan.sources)) for window in plan.windows(number))
+    windows = Shared(chain(together.own(plan) if together else (), alone))
+    takers = together.takers(plan) if together else []
+    try:
+        side_by_side([("reader", read)] * reader_count(plan, readers) + takers, stop)
+    except NeighbourLost:
+        if not damage:
+            raise
     if damage:
         found = [problem for *_, error in sorted(damage, key=lambda one: one[:2]) for problem in error.problems]
         raise CheckpointDamaged(f"{directory.name} is damaged", dict.fromkeys(found)) from damage[0][2]
@@ -127,6 +105,32 @@ def carry_out(plan: ReadPlan, directory: Path, destination: Destination, *, read
     ]
     read_bytes, verified_bytes = (sum(column) for column in zip(*accounts, strict=True))
     return ReadAccount(plan.wanted_bytes, read_bytes, verified_bytes, tuple(unverified))
+
+
+def _read_alone(file: DataFile, source: Source, window: Window, lane: Lane) -> None:
+    memory = lane.memory()
+    if window.whole:
+        file.read_block(memory, window.block, source.digests)
+    else:
+        file.read_runs(memory, window.start, window.reads)
+    lane.take(memory, window)
+
+
+def _read_for_all(file: DataFile, source: Source, window: Window, lane: Lane, together: Together) -> None:
+    """From the page cache straight into the window that the others see; past it, disks are slow with the small pages of
+    that, and the block comes by way of the lane's own memory."""
+    if file.in_page_cache(window.start, window.stop):
+        number, shared = together.window()
+        file.read_block(shared, window.block, source.digests, "cache")
+        lane.take(shared, window)
+        lane.wait()
+    else:
+        memory = lane.memory()
+        file.read_block(memory, window.block, source.digests)
+        lane.take(memory, window)
+        number, shared = together.window()
+        copy(memory, shared, window.stop - window.start)
+    together.give(number, source.file, window.block)
 
 
 class _Opened:

@@ -61,7 +61,7 @@ class DataFile:
             os.posix_fadvise(self._buffered, start, stop - start, os.POSIX_FADV_DONTNEED)
         at, hasher = start, xxhash.xxh3_128()
         large = stop - start >= LARGE and start % PAGE == 0 and whole_pages(stop - start) <= len(memory)
-        if large and (way == "disk" or (way == "fastest" and not self._in_page_cache(start, stop))):
+        if large and (way == "disk" or (way == "fastest" and not self.in_page_cache(start, stop))):
             at = self._read_directly(memory, start, stop)
             hasher.update(memory[: at - start])
         if at < stop:
@@ -80,7 +80,7 @@ class DataFile:
         """
         os.posix_fadvise(self._buffered, 0, 0, os.POSIX_FADV_RANDOM)
         # 98,000 runs of 0.5 to 2 KiB from a cold disk: 1.4 s when all are asked for ahead, 6 s if not
-        ahead = len(runs) > 1 and not self._in_page_cache(int(runs[0, 0]), int(runs[-1, 1]))
+        ahead = len(runs) > 1 and not self.in_page_cache(int(runs[0, 0]), int(runs[-1, 1]))
         done = 0
         if RUNS_AT_ONCE:
             done = _runs.read_runs(self._buffered, memory, origin, runs, ahead)
@@ -90,7 +90,7 @@ class DataFile:
         for start, stop in runs[done:].tolist():  # from the first that failed on, if any, which is named here
             self._read(memory, origin, start, stop)
 
-    def _in_page_cache(self, start: int, stop: int) -> bool:
+    def in_page_cache(self, start: int, stop: int) -> bool:
         """Whether a page somewhere in [start, stop) can be had at once; True where the file system cannot tell.
 
         Somewhere else each time: the question itself may bring that page into the cache.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,81 +46,116 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class Touched:
+    """A block that transfers reach into, and what reading all of it would bring in vain.
+
+    wanted, missing: bytes; gaps of less than a page are in neither. gaps: those that could be read over, as (size,
+    number).
+    """
+
+    transfers: tuple[Transfer, ...]
+    wanted: int
+    missing: int
+    gaps: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ReadPlan:
     """`whole` holds, for each source, the blocks that are read whole; `near` is the largest gap that is read over.
+    `shared` are the blocks that the ranks of this node read together, whole; what this rank wants of them counts in
+    `wanted_bytes`.
 
-    Surplus is at most 5% of `wanted_bytes`. On top come gaps of less than a page, which a disk reads in any case, and
+    Surplus is at most 5% of what is wanted. On top come gaps of less than a page, which a disk reads in any case, and
     the headers of files of which all pieces are wanted: these are read to the last byte, so that every block of theirs
     is checked.
     """
 
     sources: tuple[Source, ...]
+    touched: tuple[Mapping[int, Touched], ...]
     whole: tuple[frozenset[int], ...]
+    shared: tuple[frozenset[int], ...]
     near: int
     wanted_bytes: int
 
     @property
     def window_bytes(self) -> int:
         """No window is larger."""
-        return max((min(source.digests.block_bytes, source.digests.size) for source in self.sources), default=0)
+        return window_bytes(self.sources)
 
     def windows(self, number: int) -> Iterator[Window]:
-        """What to read of source `number`, in file order."""
-        source, whole = self.sources[number], self.whole[number]
-        touched = dict(_touched(source))
-        for block in sorted(touched.keys() | whole):
-            start, stop = source.digests.span(block)
-            transfers = _clipped(touched.get(block, ()), start, stop)
+        """What this rank alone reads of source `number`, in file order."""
+        source, touched, whole = self.sources[number], self.touched[number], self.whole[number]
+        for block in sorted((touched.keys() | whole) - self.shared[number]):
             if block in whole:
-                yield Window(block, start, stop, True, np.array([[start, stop]]), transfers)
-            elif transfers:
+                yield self.window(number, block)
+                continue
+            start, stop = source.digests.span(block)
+            transfers = _clipped(touched[block].transfers, start, stop)
+            if transfers:
                 yield Window(block, start, stop, False, _segments(transfers, self.near), transfers)
 
-
-@dataclass(frozen=True, slots=True, order=True)
-class _Incomplete:
-    """A block of which `missing` bytes would be read in vain, and the gaps that could be read over: size and number."""
-
-    missing: int
-    source: int
-    block: int
-    gaps: tuple[tuple[int, int], ...]
+    def window(self, number: int, block: int) -> Window:
+        """All of a block, and what this rank wants of it."""
+        start, stop = self.sources[number].digests.span(block)
+        found = self.touched[number].get(block)
+        transfers = _clipped(found.transfers, start, stop) if found else ()
+        return Window(block, start, stop, True, np.array([[start, stop]]), transfers)
 
 
-def plan_reads(sources: Sequence[Source]) -> ReadPlan:
+def window_bytes(sources: Sequence[Source]) -> int:
+    """The size of the largest block of `sources`; 0 without any."""
+    return max((min(source.digests.block_bytes, source.digests.size) for source in sources), default=0)
+
+
+def survey(source: Source) -> dict[int, Touched]:
+    """Each block that is reached into, in file order.
+
+    Raises `CheckpointDamaged` where pieces reach beyond the end of the file.
+    """
+    if any(transfer.stop > source.digests.size for transfer in source.transfers):
+        raise canonical.damaged(Path(source.file), "its index places pieces beyond its end")
+    return {
+        block: Touched(tuple(reaching), *_survey(reaching, *source.digests.span(block)))
+        for block, reaching in _touched(source)
+    }
+
+
+def plan_reads(
+    sources: Sequence[Source],
+    touched: Sequence[Mapping[int, Touched]] | None = None,
+    shared: Mapping[str, Collection[int]] | None = None,
+) -> ReadPlan:
     """Complete the blocks that lack least, then read over the smallest gaps, as far as the surplus budget goes.
 
-    Gaps of less than a page do not count. Raises `CheckpointDamaged` where pieces reach beyond the end of their file.
+    Gaps of less than a page do not count. `touched` is the `survey` of each source, if it has been made; `shared` are
+    blocks by file that are left to the node. Raises `CheckpointDamaged` where pieces reach beyond the end of their
+    file.
     """
-    whole: list[set[int]] = [set() for _ in sources]
-    incomplete: list[_Incomplete] = []
-    wanted_bytes = 0
-    for number, source in enumerate(sources):
-        if any(transfer.stop > source.digests.size for transfer in source.transfers):
-            raise canonical.damaged(Path(source.file), "its index places pieces beyond its end")
-        wanted_of_file, lacking = 0, []
-        for block, reaching in _touched(source):
-            wanted, missing, gaps = _survey(reaching, *source.digests.span(block))
-            wanted_of_file += wanted
-            if wanted and not missing:
-                whole[number].add(block)
-            elif wanted:
-                lacking.append(_Incomplete(missing, number, block, gaps))
+    touched = [survey(source) for source in sources] if touched is None else touched
+    left_out = [frozenset((shared or {}).get(source.file, ())) for source in sources]
+    whole: list[set[int]] = []
+    incomplete: list[tuple[int, int, int]] = []
+    wanted_bytes = own_bytes = 0
+    for number, (source, blocks) in enumerate(zip(sources, touched, strict=True)):
+        wanted_of_file = sum(found.wanted for found in blocks.values())
         wanted_bytes += wanted_of_file
+        alone = {block: found for block, found in blocks.items() if found.wanted and block not in left_out[number]}
+        own_bytes += sum(found.wanted for found in alone.values())
         if wanted_of_file == source.stored > 0:
-            whole[number].update(range(len(source.digests.blocks)))
+            whole.append({*range(len(source.digests.blocks))} - left_out[number])
         else:
-            incomplete += lacking
-    budget = wanted_bytes // WANTED_PER_SURPLUS
+            whole.append({block for block, found in alone.items() if not found.missing})
+            incomplete += [(found.missing, number, block) for block, found in alone.items() if found.missing]
+    budget = own_bytes // WANTED_PER_SURPLUS
     left: list[tuple[int, int]] = []
-    for found in sorted(incomplete):
-        if found.missing <= budget:
-            budget -= found.missing
-            whole[found.source].add(found.block)
+    for missing, number, block in sorted(incomplete):
+        if missing <= budget:
+            budget -= missing
+            whole[number].add(block)
         else:
-            left += found.gaps
+            left += touched[number][block].gaps
     near = _affordable(left, budget)
-    return ReadPlan(tuple(sources), tuple(frozenset(blocks) for blocks in whole), near, wanted_bytes)
+    return ReadPlan(tuple(sources), tuple(touched), tuple(map(frozenset, whole)), tuple(left_out), near, wanted_bytes)
 
 
 def _touched(source: Source) -> Iterator[tuple[int, list[Transfer]]]:

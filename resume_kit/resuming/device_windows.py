@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import numpy as np
 import torch
 
-from resume_kit.checkpoint.carrying import Destination, HostMemory, Lane
+from resume_kit.checkpoint.destination import Destination, HostMemory, Lane
 from resume_kit.checkpoint.pages import allocate
 from resume_kit.checkpoint.readplan import Window
 from resume_kit.checkpoint.transfers import Transfer
@@ -33,19 +34,22 @@ def _memory(flat: torch.Tensor) -> memoryview:
 
 
 @contextmanager
-def _pinned(nbytes: int) -> Iterator[torch.Tensor]:
-    """Host memory for one thread, uint8 [nbytes], on whole pages. Where it cannot be pinned, copies only take longer.
+def _pinned(memory: memoryview, device: torch.device) -> Iterator[None]:
+    """Host memory on whole pages, registered with the GPU. Where it cannot be, copies only take longer.
 
-    Registered in each thread at the same time, it is there sooner than torch's own pinned memory.
+    Registered in each thread at the same time, it is there sooner than torch's own pinned memory. Another thread may
+    end it.
     """
-    memory = torch.frombuffer(allocate(nbytes), dtype=torch.uint8)
     cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    registered = int(cuda.cudaHostRegister(memory.data_ptr(), nbytes, 0)) == 0
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    with torch.cuda.device(device):
+        registered = int(cuda.cudaHostRegister(address, len(memory), 0)) == 0
     try:
-        yield memory
+        yield
     finally:
         if registered:
-            cuda.cudaHostUnregister(memory.data_ptr())
+            with torch.cuda.device(device):
+                cuda.cudaHostUnregister(address)
 
 
 class DeviceWindows:
@@ -59,12 +63,16 @@ class DeviceWindows:
 
     @contextmanager
     def lane(self, nbytes: int) -> Iterator[Lane]:
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self._device), torch.cuda.stream(stream), _pinned(nbytes) as memory:
+        stream, memory = torch.cuda.Stream(self._device), allocate(nbytes)  # type: ignore[no-untyped-call]
+        pinned = self.pinned(memory) if nbytes else nullcontext()
+        with torch.cuda.device(self._device), torch.cuda.stream(stream), pinned:
             try:
                 yield _DeviceLane(self._flats, self._host, memory, stream)
             finally:
                 stream.synchronize()
+
+    def pinned(self, memory: memoryview) -> AbstractContextManager[None]:
+        return _pinned(memory, self._device)
 
 
 class _DeviceLane:
@@ -74,36 +82,40 @@ class _DeviceLane:
         self,
         flats: Sequence[torch.Tensor],
         host: dict[int, memoryview],
-        window: torch.Tensor,
+        window: memoryview,
         stream: torch.cuda.Stream,
     ) -> None:
         self._flats, self._host, self._window, self._stream = flats, host, window, stream
         self._on_device: torch.Tensor | None = None
 
     def memory(self) -> memoryview:
+        self.wait()
+        return self._window
+
+    def wait(self) -> None:
         self._stream.synchronize()
-        return _memory(self._window)
 
     def take(self, memory: memoryview, window: Window) -> None:
         strided = []
+        read = torch.frombuffer(memory, dtype=torch.uint8)
         for transfer in window.transfers:
             if transfer.target in self._host:
                 transfer.move(memory, window.start, self._host[transfer.target])
             elif transfer.grid:
                 strided.append(transfer)
             else:
-                source = self._window.narrow(0, transfer.offset - window.start, transfer.length)
+                source = read.narrow(0, transfer.offset - window.start, transfer.length)
                 self._flats[transfer.target].narrow(0, transfer.at, transfer.length).copy_(source, non_blocking=True)
         if strided:
-            self._scatter(window.start, strided)
+            self._scatter(read, window.start, strided)
 
-    def _scatter(self, start: int, strided: Sequence[Transfer]) -> None:
+    def _scatter(self, read: torch.Tensor, start: int, strided: Sequence[Transfer]) -> None:
         """One copy to the device for all of `strided`, whose runs then find their places there."""
-        if self._on_device is None:
-            self._on_device = torch.empty_like(self._window, device=self._stream.device)
+        if self._on_device is None or len(self._on_device) < len(read):
+            self._on_device = torch.empty_like(read, device=self._stream.device)
         lo = min(transfer.offset for transfer in strided) - start
         hi = max(transfer.stop for transfer in strided) - start
-        self._on_device[lo:hi].copy_(self._window[lo:hi], non_blocking=True)
+        self._on_device[lo:hi].copy_(read[lo:hi], non_blocking=True)
         for transfer in strided:
             move_strided(transfer, self._on_device, start, self._flats[transfer.target])
 

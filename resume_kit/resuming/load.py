@@ -11,6 +11,7 @@ import torch
 from resume_kit.algebra.boxes import Box
 from resume_kit.checkpoint.carrying import ReadAccount
 from resume_kit.checkpoint.manifest import Manifest
+from resume_kit.checkpoint.node import Node
 from resume_kit.checkpoint.records import TensorKey
 from resume_kit.engines.adapter import EngineAdapter
 from resume_kit.resuming.preflight import ReadOrder
@@ -27,8 +28,11 @@ def load(
     rank: int,
     *,
     moments: bool,
+    node: Node | None = None,
 ) -> ReadAccount:
     """Read all that this rank restores into the live engine. The adapter's `publish` comes after it.
+
+    With a `node` all its ranks call this.
 
     Low-precision weights without stored bytes are cast from their master, as the optimizer's own step does.
     Without `moments` the optimizer starts afresh, and the saved ones are not read. Raises `CheckpointDamaged` naming
@@ -53,7 +57,7 @@ def load(
             places.setdefault(box, []).append(memory)
             if not replica.data.is_contiguous():
                 copies.append((replica.data, memory))
-    account = read_into(directory, order, places)
+    account = read_into(directory, order, places, node=node)
     with torch.no_grad():
         for target, source in copies:
             target.copy_(source)

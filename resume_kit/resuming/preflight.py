@@ -13,7 +13,7 @@ from resume_kit.checkpoint.index import RankIndex
 from resume_kit.checkpoint.manifest import Manifest
 from resume_kit.checkpoint.reading import check_data_file, read_index
 from resume_kit.checkpoint.records import TensorKey, TensorSpec
-from resume_kit.checkpoint.sharing import default_readers
+from resume_kit.checkpoint.sharing import default_readers, default_windows
 from resume_kit.engines.adapter import EngineAdapter, ModelDescription
 from resume_kit.environment import available_memory, local_world_size
 from resume_kit.errors import CheckpointDamaged, Problem
@@ -134,11 +134,13 @@ def _read_indices(directory: Path, manifest: Manifest, ranks: Iterable[int]) -> 
 
 
 def check_memory(order: ReadOrder, rank: int) -> list[Problem]:
-    """Room in host memory for the windows through which all ranks of this host read."""
+    """Room in host memory for the windows through which all ranks of this host read, each by itself and together."""
     memory = available_memory()
     wanted = piece_bytes((want.spec, want.box) for want, parts in order.wants if parts)
     block = max((min(index.data.block_bytes, index.data.size) for index in order.indices.values()), default=0)
-    needed = window_memory(wanted, block, default_readers()) * local_world_size()
+    ranks = local_world_size()
+    windows = default_readers() + (default_windows() if ranks > 1 else 0)
+    needed = window_memory(wanted, block, windows) * ranks
     if memory is None or memory >= needed:
         return []
     what = f"reading on this host needs {needed:,} bytes of memory, {memory:,} are available"

@@ -9,10 +9,13 @@ import torch
 
 from resume_kit.algebra.boxes import Box
 from resume_kit.checkpoint import names
+from resume_kit.checkpoint.assignment import needs_of
 from resume_kit.checkpoint.carrying import ReadAccount, carry_out
+from resume_kit.checkpoint.node import Node
 from resume_kit.checkpoint.reading import check_ranges
-from resume_kit.checkpoint.readplan import ReadPlan, Source, plan_reads
+from resume_kit.checkpoint.readplan import Source, plan_reads, survey, window_bytes
 from resume_kit.checkpoint.records import TensorKey
+from resume_kit.checkpoint.together import read_together
 from resume_kit.checkpoint.transfers import Transfer
 from resume_kit.errors import CheckpointDamaged, Problem
 from resume_kit.planning.reads import missing_elements
@@ -28,11 +31,14 @@ def filled_by(order: ReadOrder) -> set[tuple[TensorKey, Box]]:
     return {(want.spec.key, want.box) for want, parts in order.wants if not missing_elements(want.box, parts)}
 
 
-def read_into(directory: Path, order: ReadOrder, places: Places, *, readers: int | None = None) -> ReadAccount:
+def read_into(
+    directory: Path, order: ReadOrder, places: Places, *, readers: int | None = None, node: Node | None = None
+) -> ReadAccount:
     """Fill the live tensors at `places` that the files hold whole. Hardly more is read than they take.
 
-    Blocks that are read whole are checked before anything of them is written. Raises `CheckpointDamaged` naming files
-    and bytes, when a part of the tensors may be written already.
+    What other ranks of the `node` want too is read together with them; all call this. Blocks that are read whole are
+    checked before anything of them is written. Raises `CheckpointDamaged` naming files and bytes, when a part of the
+    tensors may be written already, and `NeighbourLost` if another rank of the node failed.
     """
     tensors: list[torch.Tensor] = []
     transfers: dict[int, list[Transfer]] = {}
@@ -51,7 +57,13 @@ def read_into(directory: Path, order: ReadOrder, places: Places, *, readers: int
                     Transfer.between(part.piece.box, part.piece.offset, want.box, want.spec.itemsize, len(tensors))
                 )
             tensors.append(tensor)
-    return carry_out(_plan(order, transfers), directory, live_destination(tensors), readers=readers)
+    sources, destination = _sources(order, transfers), live_destination(tensors)
+    if node is None:
+        return carry_out(plan_reads(sources), directory, destination, readers=readers)
+    touched = [survey(source) for source in sources]
+    with read_together(node, needs_of(sources, touched), window_bytes(sources), destination) as together:
+        plan = plan_reads(sources, touched, together.shared)
+        return carry_out(plan, directory, destination, readers=readers, together=together)
 
 
 def verify_unread(directory: Path, order: ReadOrder, account: ReadAccount) -> None:
@@ -73,10 +85,10 @@ def verify_unread(directory: Path, order: ReadOrder, account: ReadAccount) -> No
         raise CheckpointDamaged(f"{directory.name} is damaged", problems)
 
 
-def _plan(order: ReadOrder, transfers: Mapping[int, list[Transfer]]) -> ReadPlan:
+def _sources(order: ReadOrder, transfers: Mapping[int, Sequence[Transfer]]) -> list[Source]:
     sources = []
     for rank in sorted(transfers):
         index = order.indices[rank]
         stored = sum(piece.nbytes for piece in index.pieces)
         sources.append(Source(names.data_file(rank), index.data, stored, tuple(transfers[rank])))
-    return plan_reads(sources)
+    return sources

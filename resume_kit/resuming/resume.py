@@ -12,6 +12,7 @@ from resume_kit.checkpoint import canonical, names
 from resume_kit.checkpoint.carrying import ReadAccount
 from resume_kit.checkpoint.index import RankIndex
 from resume_kit.checkpoint.manifest import Manifest, read_manifest
+from resume_kit.checkpoint.node import Node
 from resume_kit.checkpoint.reading import read_index
 from resume_kit.engines import rng
 from resume_kit.engines.adapter import EngineAdapter, GateResult
@@ -23,6 +24,7 @@ from resume_kit.policy.policy import Policy
 from resume_kit.resuming import prove
 from resume_kit.resuming.gating import choose_tolerance, gate_problems, moves_the_computation, ranks_agree
 from resume_kit.resuming.load import load
+from resume_kit.resuming.neighbours import read_with_neighbours
 from resume_kit.resuming.patience import patiently
 from resume_kit.resuming.preflight import (
     LiveRun,
@@ -207,13 +209,13 @@ class Resumer:
         moments = policy.optimizer_state == "keep"
         scalars = canonical.decode(manifest.state)["scalars"] if moments else {}
 
-        def read_tensors() -> None:
-            order = orders[0]
-            accounts.append(load(self._adapter, directory, manifest, order, scalars, rank, moments=moments))
+        def read_tensors(node: Node | None) -> None:
+            order, adapter = orders[0], self._adapter
+            accounts.append(load(adapter, directory, manifest, order, scalars, rank, moments=moments, node=node))
 
         accounts: list[ReadAccount] = []
         with report.timed("load"):
-            coordinator.round("read", read_tensors, _nothing)
+            read_with_neighbours(coordinator, report, read_tensors)
         return _Examined(directory, manifest, policy, judgement, orders[0], accounts[0], found[0], tuple(carried))
 
     def _streams(self, manifest: Manifest, policy: Policy, read: Callable[[int], RankIndex]) -> Streams:

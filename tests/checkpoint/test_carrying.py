@@ -14,7 +14,8 @@ import pytest
 
 from resume_kit.checkpoint import readplan
 from resume_kit.checkpoint.blocks import digest_image
-from resume_kit.checkpoint.carrying import HostMemory, Lane, ReadAccount, carry_out, reader_count, window_memory
+from resume_kit.checkpoint.carrying import ReadAccount, carry_out, reader_count, window_memory
+from resume_kit.checkpoint.destination import HostMemory, Lane
 from resume_kit.checkpoint.readplan import ReadPlan, Source, Window, plan_reads
 from resume_kit.checkpoint.transfers import Transfer
 from resume_kit.errors import CheckpointDamaged
@@ -198,6 +199,9 @@ def test_damage_stops_all_threads_soon(tmp_path: Path) -> None:
         def take(self, memory: memoryview, window: Window) -> None:
             time.sleep(0.05)
             taken.append(window)
+
+        def wait(self) -> None:
+            self._lane.wait()
 
     with pytest.raises(CheckpointDamaged):
         carry_out(plan, tmp_path, Slow(buffers), readers=4)

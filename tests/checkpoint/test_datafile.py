@@ -238,8 +238,8 @@ def test_the_page_that_is_asked_for_is_inside_the_range(path: Path, monkeypatch:
     monkeypatch.setattr("os.preadv", note)
     with DataFile(path) as file:
         for _ in range(500):
-            assert not file._in_page_cache(10, 10 + PAGE * 3 + 1)
-            assert not file._in_page_cache(10, 11)
+            assert not file.in_page_cache(10, 10 + PAGE * 3 + 1)
+            assert not file.in_page_cache(10, 11)
     assert asked == {10, 10 + PAGE, 10 + 2 * PAGE, 10 + 3 * PAGE}
 
 

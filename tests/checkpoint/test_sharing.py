@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from resume_kit.checkpoint.sharing import Shared, default_readers, share_out
+from resume_kit.checkpoint.sharing import Shared, default_readers, default_windows, share_out, side_by_side
 
 
 def readers() -> list[str]:
@@ -91,7 +91,30 @@ def test_a_thread_that_cannot_start_ends_those_that_did(monkeypatch: pytest.Monk
 
 
 def test_readers_are_this_ranks_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, ranks, expected in [(192, 8, 16), (64, 8, 8), (16, 1, 16), (16, 8, 4), (1, 4, 4)]:
+    for cores, ranks, expected, windows in [
+        (192, 8, 16, 8),
+        (64, 8, 8, 8),
+        (16, 1, 16, 8),
+        (24, 8, 4, 3),
+        (1, 4, 4, 2),
+    ]:
         monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        assert default_readers() == expected
+        assert (default_readers(), default_windows()) == (expected, windows)
+
+
+def test_threads_of_several_kinds_end_together_with_the_first_error() -> None:
+    stopped = threading.Event()
+
+    def wait() -> None:
+        assert stopped.wait(30)
+        raise ConnectionError("stopped")  # what follows from the end does not count
+
+    def fail() -> None:
+        raise LookupError("first")
+
+    names: list[str] = []
+    works = [("reader", wait), ("taker", fail), ("taker", lambda: names.append(threading.current_thread().name))]
+    with pytest.raises(LookupError, match="first"):
+        side_by_side(works, stopped.set)
+    assert names == ["taker-2"] and threading.active_count() == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resume_kit.algebra.boxes import Box
-from resume_kit.checkpoint import readplan
+from resume_kit.checkpoint import assignment, readplan
+from resume_kit.checkpoint.assignment import needs_of
 from resume_kit.checkpoint.blocks import digest_image
-from resume_kit.checkpoint.carrying import HostMemory, carry_out
-from resume_kit.checkpoint.pages import PAGE
-from resume_kit.checkpoint.readplan import ReadPlan, Source, plan_reads
+from resume_kit.checkpoint.carrying import carry_out
+from resume_kit.checkpoint.destination import HostMemory
+from resume_kit.checkpoint.node import Node
+from resume_kit.checkpoint.pages import PAGE, allocate
+from resume_kit.checkpoint.readplan import ReadPlan, Source, plan_reads, survey, window_bytes
+from resume_kit.checkpoint.together import read_together
 from resume_kit.checkpoint.transfers import Transfer
 from resume_kit.errors import CheckpointDamaged
 from resume_kit.resuming import device_windows
 from resume_kit.resuming.device_windows import live_destination, move_strided
 from tests.checkpoint.test_transfers import OFFSET, file_and_expectation, pairs
 from tests.checkpoints import flip
+from tests.nodes import in_threads
 
 FILE = "rank-00000.safetensors"
 BLOCK = 4096
@@ -118,7 +124,7 @@ def test_a_lane_brings_every_transfer_and_waits_before_its_window_is_used_again(
     flats = [tensor.view(-1).view(torch.uint8) for tensor in live]
     host = {number: flats[number].numpy().data for number in on_host}
     stream = Stream()
-    memory = torch.empty(plan.window_bytes, dtype=torch.uint8)
+    memory = memoryview(bytearray(plan.window_bytes))
     lane = device_windows._DeviceLane(flats, host, memory, stream)  # type: ignore[arg-type]
     for taken, window in enumerate(plan.windows(0)):
         memory = lane.memory()
@@ -127,6 +133,19 @@ def test_a_lane_brings_every_transfer_and_waits_before_its_window_is_used_again(
             memory[start - window.start : stop - window.start] = image[start:stop]
         lane.take(memory, window)
     assert contents(live) == expected
+
+
+def test_a_lane_takes_from_memory_that_is_not_its_own(tmp_path: Path) -> None:
+    """From the window of another rank, where the lane has none: and waits when it is told to."""
+    image, plan, live, expected = image_and_plan(tmp_path)
+    stream = Stream()
+    flats = [tensor.view(-1).view(torch.uint8) for tensor in live]
+    lane = device_windows._DeviceLane(flats, {}, memoryview(b""), stream)  # type: ignore[arg-type]
+    for window in plan.windows(0):
+        lane.take(memoryview(bytearray(image[window.start : window.stop])), window)
+    assert contents(live) == expected and stream.waited == 0
+    lane.wait()
+    assert stream.waited == 1
 
 
 class Cuda:
@@ -152,10 +171,11 @@ def test_the_memory_of_a_lane_is_pinned_where_that_is_possible_and_only_while_it
 ) -> None:
     cuda = Cuda(error)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
-    with device_windows._pinned(3 * PAGE) as memory:
-        assert (memory.dtype, memory.shape) == (torch.uint8, (3 * PAGE,))
-        assert cuda.pinned == ({} if error else {memory.data_ptr(): 3 * PAGE})
-        memory.fill_(7)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    memory = allocate(3 * PAGE)
+    with device_windows._pinned(memory, torch.device("cuda", 0)):
+        address = np.frombuffer(memory, np.uint8).ctypes.data
+        assert cuda.pinned == ({} if error else {address: 3 * PAGE})
     assert not cuda.pinned
 
 
@@ -180,3 +200,34 @@ def test_nothing_of_a_bad_block_reaches_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(CheckpointDamaged):
         carry_out(plan, tmp_path, live_destination([on_device, *live[1:]]), readers=2)
     assert not on_device.view(torch.uint8)[4 * BLOCK : 5 * BLOCK].any()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_ranks_of_a_node_take_their_parts_of_a_block_that_one_of_them_reads(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halves of the columns of a matrix and, for both, all of a tensor; one rank has a part of it in host memory."""
+    monkeypatch.setattr(assignment, "LEAST_SHARED", 1)
+    image, plan, _, _ = image_and_plan(tmp_path)
+    matrix = np.frombuffer(image, np.uint8)[24_144:33_744].reshape(100, 96)
+
+    def read(node: Node) -> tuple[int, list[bytes]]:
+        half = 48 * node.rank
+        live = [
+            torch.zeros(5_000, device="cpu" if node.rank else device),
+            torch.zeros(100, 24, device=device).bfloat16(),
+        ]
+        transfers = (Transfer(4_096, 0, 0, 20_000), Transfer(24_144 + half, 1, 0, 48, ((100, 96, 48),)))
+        sources, destination = [Source(FILE, plan.sources[0].digests, 50_000, transfers)], live_destination(live)
+        touched = [survey(source) for source in sources]
+        with read_together(node, needs_of(sources, touched), window_bytes(sources), destination) as together:
+            mine = plan_reads(sources, touched, together.shared)
+            assert together.shared == {FILE: {*range(1, 8)}}
+            account = carry_out(mine, tmp_path, destination, readers=2, together=together)
+        return account.verified_bytes, contents(live)
+
+    outcomes = in_threads(2, read)
+    for rank, outcome in enumerate(outcomes):
+        assert isinstance(outcome, tuple), outcome
+        assert outcome[1] == [image[4_096:24_096], matrix[:, 48 * rank : 48 * rank + 48].tobytes()]
+    assert sum(outcome[0] for outcome in outcomes if isinstance(outcome, tuple)) == 7 * BLOCK

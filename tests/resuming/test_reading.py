@@ -261,8 +261,8 @@ def test_memory_for_the_windows_of_all_ranks_of_a_host_is_asked_for(
     saved = tensors()
     order = order_of(save(tmp_path, saved, 2, BLOCK), columns_of(saved, 2, 1))
     monkeypatch.setattr("os.cpu_count", lambda: 24)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # 3 threads a rank
-    needed = 8 * 3 * BLOCK
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # 4 threads a rank, and 3 windows that the others see
+    needed = 8 * (4 + 3) * BLOCK
     for available, expected in ((needed, 0), (needed - 1, 1), (None, 0)):
         monkeypatch.setattr(preflight, "available_memory", lambda available=available: available)
         problems = preflight.check_memory(order, 5)

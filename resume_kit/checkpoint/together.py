@@ -1,0 +1,191 @@
+"""Reading together: a block that several ranks of a node want is read once, checked, and taken from shared memory.
+
+Each rank has windows that the others of its node see, and brings its share of the blocks into them. It offers a full
+window to those that want of its block, and uses it again when all have answered that they took their part.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import mmap
+import os
+import select
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+
+import numpy as np
+
+from resume_kit.checkpoint.assignment import Needs, Share, assign
+from resume_kit.checkpoint.destination import Destination
+from resume_kit.checkpoint.node import NeighbourLost, Node
+from resume_kit.checkpoint.pages import whole_pages
+from resume_kit.checkpoint.readplan import ReadPlan, Window
+from resume_kit.checkpoint.sharing import MOST_WINDOWS, Shared, default_windows
+
+#: What ranks say: how many bytes their needs have, and each window; window w holds share s; w is taken.
+_HELLO, _OFFER, _TAKEN = struct.Struct("<QQ"), struct.Struct("<II"), struct.Struct("<I")
+#: Threads of one rank that take what the others offer, at least one for each of them.
+TAKERS = 2
+
+
+class SharedWindow:
+    """Memory that the ranks of a node see, through a descriptor. One thread of a rank has it at a time."""
+
+    def __init__(self, descriptor: int, nbytes: int) -> None:
+        self.descriptor = descriptor
+        self._nbytes = nbytes
+        self._mapped: tuple[mmap.mmap, memoryview] | None = None
+        self._pinned = ExitStack()
+
+    def memory(self, destination: Destination) -> memoryview:
+        """Mapped at the first call, and pinned where `destination` is a GPU."""
+        if self._mapped is None:
+            pages = mmap.mmap(self.descriptor, self._nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            self._mapped = pages, memoryview(pages)
+            self._pinned.enter_context(destination.pinned(self._mapped[1]))
+        return self._mapped[1]
+
+    def close(self) -> None:
+        self._pinned.close()
+        os.close(self.descriptor)
+        if self._mapped is not None:
+            (pages, memory), self._mapped = self._mapped, None
+            with suppress(BufferError):  # an error on its way still refers to it, and takes it along
+                memory.release()
+                pages.close()
+
+
+class Together:
+    """One reading of a node: who reads what (`shares`), and the windows that it goes through."""
+
+    def __init__(
+        self,
+        node: Node,
+        shares: Sequence[Share],
+        own: Sequence[SharedWindow],
+        theirs: Mapping[int, Sequence[SharedWindow]],
+        destination: Destination,
+    ) -> None:
+        self._node = node
+        self._shares = shares
+        self._numbers = {(share.file, share.block): number for number, share in enumerate(shares)}
+        self._own = own
+        self._theirs = theirs
+        self._destination = destination
+        self._free = [*range(len(own))]
+        self._answers = dict.fromkeys(self._free, 0)
+        self._listening = threading.Lock()
+        self._poll = select.poll()
+        self._givers = {connection.fileno(): connection for connection in node.giving.values()}
+        for descriptor in self._givers:
+            self._poll.register(descriptor, select.POLLIN)
+
+    @property
+    def shared(self) -> dict[str, set[int]]:
+        """The blocks, by file, that some rank of the node reads for others too."""
+        found: dict[str, set[int]] = {}
+        for share in self._shares:
+            found.setdefault(share.file, set()).add(share.block)
+        return found
+
+    def own(self, plan: ReadPlan) -> Iterator[tuple[int, Window]]:
+        """The blocks that this rank reads for the node: (number of its source, window)."""
+        numbers = {source.file: number for number, source in enumerate(plan.sources)}
+        for share in self._shares:
+            if share.reader == self._node.rank:
+                yield numbers[share.file], plan.window(numbers[share.file], share.block)
+
+    def abort(self) -> None:
+        """End every wait, here and on the other ranks of the node, with `NeighbourLost`."""
+        self._node.abort()
+
+    # -- giving: in the threads that read
+
+    def window(self) -> tuple[int, memoryview]:
+        """A window that nobody needs any more: its number and its memory. Waits. Raises `NeighbourLost`."""
+        with self._listening:
+            deadline = time.monotonic() + self._node.timeout
+            while not self._free:
+                ready = self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+                if not ready:
+                    raise NeighbourLost(f"no rank of this node took its part within {self._node.timeout:g} s")
+                for descriptor, _ in ready:
+                    message, _ = self._node.receive(self._givers[descriptor], _TAKEN.size)
+                    (taken,) = _TAKEN.unpack(message)
+                    self._answers[taken] -= 1
+                    if not self._answers[taken]:
+                        self._free.append(taken)
+            number = self._free.pop()  # the last used: the others may never take memory
+        return number, self._own[number].memory(self._destination)
+
+    def give(self, number: int, file: str, block: int) -> None:
+        """Offer a window, which holds a block that has been checked. Raises `NeighbourLost`."""
+        share = self._numbers[file, block]
+        takers = self._shares[share].takers
+        self._answers[number] = len(takers)
+        for rank in takers:
+            self._node.send(self._node.giving[rank], _OFFER.pack(number, share))
+
+    # -- taking: in threads of their own
+
+    def takers(self, plan: ReadPlan) -> list[tuple[str, Callable[[], None]]]:
+        """What threads are to do, by name, beside those that read. `abort` ends them too."""
+        works: list[tuple[str, Callable[[], None]]] = []
+        for rank in self._node.taking:
+            expected = sum(share.reader == rank and self._node.rank in share.takers for share in self._shares)
+            take = functools.partial(self._take, rank, Shared(range(expected)), plan)
+            works += [("taker", take)] * min(expected, max(1, TAKERS // len(self._node.taking)))
+        return works
+
+    def _take(self, rank: int, turns: Shared[int], plan: ReadPlan) -> None:
+        numbers = {source.file: number for number, source in enumerate(plan.sources)}
+        connection = self._node.taking[rank]
+        with self._destination.lane(0) as lane:
+            for _ in turns:
+                message, _ = self._node.receive(connection, _OFFER.size)
+                window, number = _OFFER.unpack(message)
+                share = self._shares[number]
+                memory = self._theirs[rank][window].memory(self._destination)
+                lane.take(memory, plan.window(numbers[share.file], share.block))
+                lane.wait()
+                self._node.send(connection, _TAKEN.pack(window))
+
+
+@contextmanager
+def read_together(node: Node, needs: Needs, window_bytes: int, destination: Destination) -> Iterator[Together]:
+    """Tell the other ranks of the node what this one wants, and hear what they want; all of them call this.
+
+    No block that this rank wants is larger than `window_bytes`. Raises `NeighbourLost`. No memory and no descriptor is
+    left at the end.
+    """
+    with ExitStack() as held:
+
+        def window(descriptor: int, nbytes: int) -> SharedWindow:
+            found = SharedWindow(descriptor, nbytes)
+            held.callback(found.close)
+            return found
+
+        text, nbytes = json.dumps(needs).encode(), whole_pages(window_bytes)
+        told, *own = [window(os.memfd_create("resume_kit"), nbytes) for _ in range(1 + default_windows())]
+        os.write(told.descriptor, text)
+        for found in own:
+            os.truncate(found.descriptor, nbytes)
+        hello, descriptors = _HELLO.pack(len(text), nbytes), [found.descriptor for found in (told, *own)]
+        for connection in node.giving.values():
+            node.send(connection, hello, descriptors)
+        everyone, theirs = {node.rank: needs}, {}
+        for rank, connection in node.taking.items():
+            message, descriptors = node.receive(connection, _HELLO.size, 1 + MOST_WINDOWS)
+            size, nbytes = _HELLO.unpack(message)
+            first, *theirs[rank] = [window(descriptor, nbytes) for descriptor in descriptors]
+            everyone[rank] = json.loads(os.pread(first.descriptor, size, 0))
+        yield Together(node, assign(everyone), own, theirs, destination)
+
+
+def copy(source: memoryview, target: memoryview, nbytes: int) -> None:
+    """The first bytes of one memory into another. Other threads run meanwhile."""
+    np.copyto(np.frombuffer(target, np.uint8, nbytes), np.frombuffer(source, np.uint8, nbytes))

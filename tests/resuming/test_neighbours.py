@@ -1,0 +1,110 @@
+"""The meeting of a node's ranks, and whose error counts, among real ranks."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resume_kit.checkpoint.node import NeighbourLost, Node
+from resume_kit.errors import CheckpointDamaged, Problem, RanksFailed
+from resume_kit.resuming.report import Report
+from tests.conftest import Ranks
+from tests.engines.test_coordination import coordinator, departing
+
+
+def met(rank: int, world_size: int, places: list[str], fault: str = "") -> tuple[list[int] | None, list[str]]:
+    """Whom a rank is connected with while it reads (None: it reads alone), and the report's warnings."""
+    from resume_kit.checkpoint import node as connections
+    from resume_kit.resuming import neighbours
+
+    rounds = coordinator()
+    found: list[list[int] | None] = []
+    neighbours._place = lambda: places[rank]
+    neighbours.CONNECTING = 0.5
+    if fault == "cannot listen" and rank == 1:
+
+        def no_socket(*_: Any) -> None:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported")
+
+        connections.socket.socket = no_socket  # type: ignore[assignment, misc]
+    if fault == "cannot connect" and rank == 1:
+        connections.Meeting.connect = lambda *_, **__: (_ for _ in ()).throw(ConnectionRefusedError("refused"))  # type: ignore[method-assign]
+
+    def read(node: Node | None) -> None:
+        assert node is None or node.giving.keys() == node.taking.keys()
+        found.append(None if node is None else sorted(node.giving))
+
+    report = Report("run", 1)
+    neighbours.read_with_neighbours(rounds, report, read)
+    open_sockets = [name for name in os.listdir("/proc/self/fd") if is_unix(name)]
+    assert not open_sockets
+    rounds.depart()
+    return found[0], [check.figure for check in report.checks if check.verdict == "warn"]
+
+
+def is_unix(descriptor: str) -> bool:
+    """Whether a descriptor is one of the node's: a sequenced-packet socket."""
+    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    inodes = [fields[6] for fields in sockets if fields[4] == "0005"]
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}") in [f"socket:[{inode}]" for inode in inodes]
+    except FileNotFoundError:
+        return False
+
+
+def test_the_ranks_of_each_node_are_connected_with_each_other_only(ranks: Ranks) -> None:
+    found = ranks.run(met, 4, ["one", "two", "one", "one"], timeout=30)
+    assert found == [([2, 3], []), (None, []), ([0, 3], []), ([0, 2], [])]
+
+
+def test_ranks_that_are_alone_on_their_nodes_read_alone(ranks: Ranks) -> None:
+    assert ranks.run(met, 2, ["one", "two"], timeout=30) == [(None, [])] * 2
+    assert ranks.run(met, 1, ["one"], timeout=30) == [(None, [])]
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [("cannot listen", "it cannot listen: [Errno 97] Address family not supported"), ("cannot connect", "refused")],
+)
+def test_if_one_rank_cannot_connect_its_node_reads_alone_and_the_report_says_so(
+    fault: str, why: str, ranks: Ranks
+) -> None:
+    found = ranks.run(met, 4, ["one", "one", "two", "two"], fault, timeout=30)
+    assert [others for others, _ in found] == [None, None, [3], [2]]
+    for _, (warning,) in found:
+        assert warning.startswith("ranks 0-1 of one node read each by itself; rank ") and why in warning
+
+
+@departing
+def fails(rank: int, world_size: int, kind: str) -> tuple[str, str]:
+    """How the round ends where rank 1 fails and rank 0 is left waiting for it."""
+    from resume_kit.resuming.neighbours import read_with_neighbours
+
+    def read(node: Node | None) -> None:
+        assert node is not None
+        if rank == 1 and kind == "damage":
+            raise CheckpointDamaged("step-1 is damaged", [Problem("integrity", "file", "not what was saved")])
+        if rank == 1 and kind == "lost":
+            raise NeighbourLost("rank 0 took nothing")
+        node.receive(node.taking[1], 4)
+
+    with pytest.raises((CheckpointDamaged, RanksFailed)) as caught:
+        read_with_neighbours(coordinator(), Report("run", 1), read)
+    return type(caught.value).__name__, str(caught.value)
+
+
+def test_the_error_that_was_first_counts_and_not_what_follows_from_it(ranks: Ranks) -> None:
+    found = ranks.run(fails, 2, "damage", timeout=30)
+    assert found[0] == found[1] and found[0][0] == "CheckpointDamaged"
+    assert "rank 1, file: not what was saved" in found[0][1] and "reading together" not in found[0][1]
+
+
+def test_ranks_that_lost_each_other_for_no_other_reason_fail_alike(ranks: Ranks) -> None:
+    found = ranks.run(fails, 2, "lost", timeout=30)
+    assert found[0] == found[1] and found[0][0] == "RanksFailed"
+    assert "rank 1: rank 0 took nothing" in found[0][1]
+    assert "rank 0: rank 1 of this node was needed for reading together: it ended or failed" in found[0][1]
