@@ -13,7 +13,7 @@ from resume_kit.checkpoint import canonical
 from resume_kit.checkpoint.carrying import window_memory
 from resume_kit.checkpoint.index import RankIndex
 from resume_kit.checkpoint.manifest import Manifest, TensorEntry
-from resume_kit.checkpoint.sharing import MOST_READERS
+from resume_kit.checkpoint.sharing import MOST_READERS, MOST_WINDOWS
 from resume_kit.planning.layouts.geometry import Geometry
 from resume_kit.planning.layouts.layout import Layout
 from resume_kit.planning.layouts.megatron import megatron_layout
@@ -60,7 +60,7 @@ def forecast(manifest: Manifest, indices: Sequence[RankIndex], topology: Topolog
         stored = stored_table(indices, kind, dict(zip(table.names, table.shapes, strict=True)))
         plan += count_reads(stored, table, world_size, itemsize)
     block = max((min(index.data.block_bytes, index.data.size) for index in indices), default=0)
-    peaks = [window_memory(wanted, block, MOST_READERS) for wanted in plan.wanted.tolist()]
+    peaks = [window_memory(wanted, block, MOST_READERS + MOST_WINDOWS) for wanted in plan.wanted.tolist()]
     return Forecast(plan, np.array(peaks, np.int64))
 
 
