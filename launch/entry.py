@@ -31,6 +31,13 @@ def run(parse: Callable[[], Config], prepare: Callable[[Config], None], train: C
     return 0
 
 
+def prefer_determinism() -> None:
+    """What NCCL and cuBLAS read from the environment; what somebody has set stays. Call before CUDA starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # switches that sum on the way do so in no fixed order
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+
+
 def seed_everything(seed: int) -> None:
     import numpy as np
     import torch

@@ -16,7 +16,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch.config import parse_as
-from launch.entry import run, step_line
+from launch.entry import prefer_determinism, run, step_line
 from launch.megatron_config import MegatronConfig
 from launch.slurm import adopt_slurm
 
@@ -32,9 +32,7 @@ def prepare_environment(config: MegatronConfig) -> None:
     # with one queue, collectives start in the order of the calls, as Megatron's overlapping counts on
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # switches that sum on the way do so in no fixed order
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        prefer_determinism()
     # torch renamed collectives that this Megatron calls by their old names, at every step
     warnings.filterwarnings("ignore", message=r".*`torch\.distributed\..* is deprecated", category=FutureWarning)
     # torch's own DataLoader calls this deprecated function of torch

@@ -17,7 +17,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch.config import TrainConfig, parse_arguments
-from launch.entry import run, seed_everything, step_line
+from launch.entry import prefer_determinism, run, seed_everything, step_line
 from launch.slurm import adopt_slurm
 
 
@@ -32,7 +32,7 @@ def prepare_environment(config: TrainConfig) -> None:
     if not uses_cuda():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     elif config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        prefer_determinism()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # torch renamed collectives that this DeepSpeed calls by their old names, at every step
     warnings.filterwarnings("ignore", message=r".*`torch\.distributed\..* is deprecated", category=FutureWarning)

@@ -126,7 +126,7 @@ class EngineAdapter(Protocol):
         """The gate's forward where the user gives none."""
 
     def describe(self) -> ModelDescription:
-        """The model and optimizer as constructed. Called once, before any training or load."""
+        """The model and optimizer as constructed, however far training has come. Called once by each kit."""
 
     def settle(self) -> None:
         """Finish what the engine has overlapped with training, so that live state can be read. Collective."""

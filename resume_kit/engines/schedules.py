@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from resume_kit.errors import Problem, UsageError
 
@@ -21,6 +22,8 @@ _MOVING = frozenset(
         "_get_lr_called_within_step",
     }
 )
+
+_FIRST_RATES: WeakKeyDictionary[Any, list[float]] = WeakKeyDictionary()
 
 
 def position_problems(
@@ -77,6 +80,14 @@ def torch_schedule_settings(scheduler: Any) -> dict[str, Any]:
     """What a scheduler of torch's kind was made with, as far as its state tells it in plain values: no functions."""
     settings: dict[str, Any] = {} if scheduler is None else _settings(scheduler.state_dict())
     return settings
+
+
+def first_rates(scheduler: Any, rates: Sequence[float]) -> list[float]:
+    """The groups' LRs as they were when first asked for, however far this schedule has moved them since.
+
+    Without a schedule, `rates`: the LRs as they are.
+    """
+    return [*rates] if scheduler is None else _FIRST_RATES.setdefault(scheduler, [*rates])
 
 
 def samples_of_a_step(saved: Mapping[str, Any], samples_per_step: int) -> int:

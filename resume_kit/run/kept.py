@@ -41,6 +41,10 @@ class KeptState:
         """Optimizer steps taken so far."""
         self._step = step
 
+    def end(self) -> None:
+        """Leave the LR alone from now on: the engine, and with it this hook, may outlive the kit."""
+        self._rewarm = None
+
     def scale_rates(self, groups: list[dict[str, Any]]) -> Callable[[], None]:
         """Scale the LR of `groups` for one update; the function returned puts it back."""
         factor = self.factor(self._step)

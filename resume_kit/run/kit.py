@@ -337,6 +337,7 @@ class ResumeKit:
             self._saves.close()
             self._attempt.record("end", {"step": step, "samples": self._data.position, "steps_replayed": replayed})
         self._attempt.ended("finished", step=step)
+        self._contents.kept.end()
         self._guards.close()
         self._coordinator.depart()
 

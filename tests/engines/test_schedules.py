@@ -11,6 +11,7 @@ import torch
 
 from resume_kit.engines.schedules import (
     advance_torch_schedule,
+    first_rates,
     samples_of_a_step,
     torch_schedule_problems,
     torch_schedule_settings,
@@ -129,3 +130,17 @@ def test_a_megatron_schedule_counts_samples_unless_it_has_counted_no_more_than_s
 ) -> None:
     saved = {"scheduler": {"state": {"num_steps": num_steps}}, "counters": {"steps": steps}}
     assert samples_of_a_step(saved, 8) == expected
+
+
+@pytest.mark.parametrize("make", SCHEDULES)
+def test_first_rates_stay_however_far_their_schedule_goes(make: Make) -> None:
+    scheduler, rate = stepped(make, 1)
+    assert first_rates(scheduler, [rate]) == [rate]
+    scheduler.step()
+    assert first_rates(scheduler, [rate / 2]) == [rate]
+    other, _ = stepped(make, 3)
+    assert first_rates(other, [0.5]) == [0.5]
+
+
+def test_rates_without_a_schedule_are_what_they_are() -> None:
+    assert first_rates(None, [0.1]) == [0.1] and first_rates(None, [0.2]) == [0.2]

@@ -58,3 +58,13 @@ def test_orders_to_a_run_without_a_checkpoint_count_as_done() -> None:
     assert plain.pop("applied") == {"learning_rate": {"rewarm": 4}, "optimizer_state": "reset"}
     assert plain == {key: value for key, value in KeptState().to_plain().items() if key != "applied"}
     assert state.factor(0) == 1.0
+
+
+def test_a_kit_that_was_closed_leaves_the_rate_alone() -> None:
+    state, groups = kept(7, rewarm={"steps": 4, "from_step": 7}), [{"lr": 0.4}]
+    state.scale_rates(groups)()
+    state.scale_rates(groups)
+    assert groups[0]["lr"] == pytest.approx(0.1)
+    state.end()
+    state.scale_rates(groups)
+    assert groups[0]["lr"] == pytest.approx(0.1)

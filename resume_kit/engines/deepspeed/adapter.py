@@ -13,6 +13,7 @@ from resume_kit.engines import rng
 from resume_kit.engines.adapter import Forward, GateResult, LivePiece, ModelDescription, Replica
 from resume_kit.engines.deepspeed import gate
 from resume_kit.engines.deepspeed.fragments import Partitioning
+from resume_kit.engines.deepspeed.structure import structure
 from resume_kit.engines.deepspeed.support import require_supported, training_config
 from resume_kit.engines.deepspeed.zero3 import Zero3Partitioning
 from resume_kit.engines.deepspeed.zero12 import Zero12Partitioning
@@ -27,7 +28,12 @@ from resume_kit.engines.pieces import (
     split_state,
     weight_spec,
 )
-from resume_kit.engines.schedules import advance_torch_schedule, torch_schedule_problems, torch_schedule_settings
+from resume_kit.engines.schedules import (
+    advance_torch_schedule,
+    first_rates,
+    torch_schedule_problems,
+    torch_schedule_settings,
+)
 from resume_kit.errors import Problem
 
 #: `micro_steps` is not among them: between steps it is a multiple of the accumulation, which may change.
@@ -99,6 +105,8 @@ class DeepSpeedAdapter:
         }
         module_config: Any = getattr(self._module, "config", None)
         model = module_config.to_dict() if hasattr(module_config, "to_dict") else {}
+        groups = [hyperparameters(group) for group in self._layout.base.param_groups]
+        rates = first_rates(self._engine.lr_scheduler, [group["lr"] for group in groups])
         schedule = torch_schedule_settings(self._engine.lr_scheduler)
         return ModelDescription(
             weights=tuple(self._weight_specs()),
@@ -107,12 +115,12 @@ class DeepSpeedAdapter:
             buffers=tuple(replica.spec for replica in self._buffers()),
             aliases=self._aliases(),
             groups=tuple(
-                {"members": names, **hyperparameters(group)}
-                for names, group in zip(members, self._layout.base.param_groups, strict=True)
+                {"members": names, **group, "lr": rate}
+                for names, group, rate in zip(members, groups, rates, strict=True)
             ),
             pinned={
                 "model": {k: v for k, v in model.items() if k not in ("transformers_version", "_name_or_path")},
-                "module structure": canonical.digest(repr(self._module).encode()),
+                "module structure": canonical.digest(structure(self._module).encode()),
                 "optimizer": type(self._layout.base).__name__,
                 "scheduler": None if self._engine.lr_scheduler is None else type(self._engine.lr_scheduler).__name__,
                 **({"schedule": schedule} if schedule else {}),

@@ -43,7 +43,7 @@ class MegatronAdapter:
         self._weights = local_weights(engine.model_chunks, self._grid)
         self._masters = masters_of(engine.optimizer)
         self._ownership = Ownership(self._grid, distributed=self._ddp.use_distributed_optimizer)
-        self._groups = LogicalGroups(engine.optimizer, self._weights)
+        self._groups = LogicalGroups(engine.optimizer, self._weights, engine.scheduler)
 
     @property
     def topology(self) -> dict[str, Any]:

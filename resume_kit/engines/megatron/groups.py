@@ -6,8 +6,11 @@ is, and only among groups of one sort by their numbers. Megatron's own would dep
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from resume_kit.checkpoint import canonical
 from resume_kit.engines.megatron.logical import LocalWeight
@@ -26,18 +29,21 @@ _STEP = "step"
 
 
 class LogicalGroups:
-    """Groups that were constructed with the same hyperparameters are one logical group, in a fixed order."""
+    """Groups that were constructed with the same hyperparameters are one logical group, in a fixed order.
 
-    def __init__(self, optimizer: Any, weights: Sequence[LocalWeight]) -> None:
-        physical = [group for one in single_optimizers(optimizer) for group in one.optimizer.param_groups]
-        self._first = optimizer.param_groups[0]
+    It keeps places of groups, not the groups: torch replaces them all when an optimizer loads a state.
+    """
+
+    def __init__(self, optimizer: Any, weights: Sequence[LocalWeight], scheduler: Any | None) -> None:
+        self._optimizer = optimizer
         built: dict[bytes, dict[str, Any]] = {}
-        self._physical: dict[bytes, list[dict[str, Any]]] = {}
-        for group in physical:
-            values = hyperparameters(group, _TOPOLOGICAL)
-            identity = canonical.dumps(canonical.encode(values))
-            built[identity] = values
-            self._physical.setdefault(identity, []).append(group)
+        self._places: dict[bytes, list[tuple[torch.optim.Optimizer, int]]] = {}
+        for one in single_optimizers(optimizer):
+            for number, group in enumerate(one.optimizer.param_groups):
+                values = _constructed(group, scheduler)
+                identity = canonical.dumps(canonical.encode(values))
+                built[identity] = values
+                self._places.setdefault(identity, []).append((one.optimizer, number))
         self._order = sorted(built, key=lambda identity: (*_sort_of_group(built[identity]), identity))
         self._built = built
         self._members = {identity: self._names(optimizer, weights, identity) for identity in self._order}
@@ -45,7 +51,7 @@ class LogicalGroups:
     @property
     def learning_rate(self) -> float:
         """Of the first group on this rank; the schedule sets it on every group, also on one without members."""
-        return float(self._first["lr"])
+        return float(self._optimizer.param_groups[0]["lr"])
 
     def describe(self) -> tuple[dict[str, Any], ...]:
         """As constructed, with this rank's members by name."""
@@ -54,15 +60,19 @@ class LogicalGroups:
     def values(self) -> list[dict[str, Any]]:
         """As they are now. Raises `InconsistentState` where parts of one group have come apart."""
         problems: list[Problem] = []
-        found = [self._value(number, self._physical[identity], problems) for number, identity in enumerate(self._order)]
+        found = [self._value(number, self._physical(identity), problems) for number, identity in enumerate(self._order)]
         if problems:
             raise InconsistentState("parts of one parameter group have come apart", problems)
         return found
 
     def load(self, saved: Sequence[Mapping[str, Any]]) -> None:
         for identity, values in zip(self._order, saved, strict=True):
-            for group in self._physical[identity]:
+            for group in self._physical(identity):
                 set_hyperparameters(group, values)
+
+    def _physical(self, identity: bytes) -> list[dict[str, Any]]:
+        """The groups that are one logical group, as the optimizers hold them now."""
+        return [optimizer.param_groups[number] for optimizer, number in self._places[identity]]
 
     def _value(self, number: int, parts: Sequence[Mapping[str, Any]], problems: list[Problem]) -> dict[str, Any]:
         first, *others = [self._counted(part) for part in parts]
@@ -77,7 +87,7 @@ class LogicalGroups:
         """A physical group's values; one without params on this rank has taken the steps of those that have some."""
         values = hyperparameters(part, _TOPOLOGICAL)
         if not part["params"]:
-            every = (group for groups in self._physical.values() for group in groups)
+            every = (group for identity in self._order for group in self._physical(identity))
             counted = [group for group in every if group["params"]]
             if counted and _STEP in counted[0]:
                 values[_STEP] = hyperparameters(counted[0])[_STEP]
@@ -85,7 +95,7 @@ class LogicalGroups:
 
     def _names(self, optimizer: Any, weights: Sequence[LocalWeight], identity: bytes) -> list[str]:
         """Members on this rank. A weight none of whose elements this rank updates is another rank's to name."""
-        updated = {id(param) for group in self._physical[identity] for param in group["params"]}
+        updated = {id(param) for group in self._physical(identity) for param in group["params"]}
         masters = masters_of(optimizer)
         return sorted(
             {
@@ -95,6 +105,17 @@ class LogicalGroups:
                 for part in weight.parts
             }
         )
+
+
+def _constructed(group: Mapping[str, Any], scheduler: Any | None) -> dict[str, Any]:
+    """A group's hyperparameters as constructed: where the schedule puts them at its start, no steps counted."""
+    values = hyperparameters(group, (*_TOPOLOGICAL, _STEP))
+    if scheduler is not None:
+        start = copy.copy(scheduler)
+        start.num_steps = 0
+        values["lr"] = start.get_lr(values)
+        values["weight_decay"] = start.get_wd(values) * values.get("wd_mult", 1.0)
+    return values
 
 
 def _sort_of_group(values: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -16,7 +16,8 @@ def groups_of(engine: Any) -> Any:
     from resume_kit.engines.megatron.groups import LogicalGroups
     from resume_kit.engines.megatron.logical import local_weights
 
-    return LogicalGroups(engine.optimizer, local_weights(engine.model_chunks, Grid.of_megatron()))
+    weights = local_weights(engine.model_chunks, Grid.of_megatron())
+    return LogicalGroups(engine.optimizer, weights, engine.scheduler)
 
 
 def orders(rank: int, world_size: int, options: dict[str, Any]) -> list[list[list[str]]]:
@@ -72,3 +73,25 @@ def test_parts_of_a_group_that_have_come_apart_are_noticed(ranks: Ranks, tmp_pat
         assert found["fused"] == [4] * found["groups"]
         assert "parts of one parameter group have come apart" in found["error"]
         assert "weight_decay: 0.1 for some of its weights, 0.5 for others" in found["error"]
+
+
+def moved(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]:
+    """What groups are said to be at the start, and once their schedule has moved and steps were counted."""
+    engine = built(options)
+    start = groups_of(engine).describe()
+    engine.scheduler.step(increment=12)
+    for group in engine.optimizer.param_groups:
+        if group["params"]:
+            group["step"] = 3
+    late = groups_of(engine)
+    found = {"start": start, "late": late.describe(), "values": late.values()}
+    engine.optimizer.param_groups[0]["betas"] = (0.5, 0.5)
+    return {**found, "changed": groups_of(engine).describe()}
+
+
+def test_a_schedule_that_has_moved_changes_nothing_of_what_was_constructed(ranks: Ranks, tmp_path: Path) -> None:
+    job = MegatronJob(data=text_file(tmp_path), ep=2, experts=4, optimizer={"warmup_steps": 5})
+    for found in ranks.run(moved, 2, job.to_json()):
+        assert found["late"] == found["start"] != found["changed"]
+        assert [group["lr"] for group in found["start"]] == [0.0] * len(found["start"])
+        assert all(group["lr"] > 0 and group["step"] == 3 for group in found["values"])
