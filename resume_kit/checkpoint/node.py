@@ -19,11 +19,15 @@ class NeighbourLost(Exception):
 
 class Node:
     """Two connections with each other rank of the node: over `giving` this rank offers windows, over `taking` it gets
-    offers. Each wait is bounded by `timeout` seconds."""
+    offers. Each wait is bounded by `timeout` seconds.
 
-    def __init__(self, rank: int, timeout: float) -> None:
+    `memory` are descriptors, by rank, this one's among them: of memory that a rank writes and all of the node see.
+    """
+
+    def __init__(self, rank: int, timeout: float, memory: int) -> None:
         self.rank = rank
         self.timeout = timeout
+        self.memory = {rank: memory}
         self.giving: dict[int, socket.socket] = {}
         self.taking: dict[int, socket.socket] = {}
 
@@ -35,24 +39,22 @@ class Node:
             except OSError:  # the other rank is gone already
                 continue
 
-    def receive(self, connection: socket.socket, nbytes: int, descriptors: int = 0) -> tuple[bytes, list[int]]:
+    def receive(self, connection: socket.socket, nbytes: int) -> bytes:
         """One message. Raises `NeighbourLost`."""
         try:
-            data, found, flags, _ = socket.recv_fds(connection, nbytes, descriptors, socket.MSG_CMSG_CLOEXEC)
+            message = connection.recv(nbytes)
         except TimeoutError:
             raise self._lost(connection, f"sent nothing within {self.timeout:g} s") from None
         except OSError as error:
             raise self._lost(connection, str(error)) from None
-        if len(data) != nbytes or flags & socket.MSG_CTRUNC:
-            for descriptor in found:
-                os.close(descriptor)
-            raise self._lost(connection, "ended or failed" if not data else "sent half a message")
-        return data, list(found)
+        if not message:
+            raise self._lost(connection, "ended or failed")
+        return message
 
-    def send(self, connection: socket.socket, message: bytes, descriptors: list[int] | None = None) -> None:
+    def send(self, connection: socket.socket, message: bytes) -> None:
         """One message. Raises `NeighbourLost`."""
         try:
-            socket.send_fds(connection, [message], descriptors or [])
+            connection.send(message)
         except OSError as error:
             raise self._lost(connection, str(error)) from None
 
@@ -66,6 +68,8 @@ class Node:
     def __exit__(self, *_: object) -> None:
         for connection in (*self.giving.values(), *self.taking.values()):
             connection.close()
+        for descriptor in self.memory.values():
+            os.close(descriptor)
 
     def _lost(self, connection: socket.socket, how: str) -> NeighbourLost:
         both = (*self.giving.items(), *self.taking.items())
@@ -76,7 +80,7 @@ class Node:
 class Meeting:
     """Where the other ranks of a node find this one: a socket that has a name and no file.
 
-    OSError where this system has none.
+    OSError where this system has none, or no memory to share.
     """
 
     def __init__(self) -> None:
@@ -85,6 +89,7 @@ class Meeting:
         try:
             self._listener.bind(f"\0{self.name}")
             self._listener.listen(1024)
+            self._memory = os.memfd_create("resume_kit")
         except OSError:
             self._listener.close()
             raise
@@ -94,6 +99,7 @@ class Meeting:
 
     def __exit__(self, *_: object) -> None:
         self._listener.close()
+        os.close(self._memory)
 
     def connect(self, rank: int, names: Mapping[int, str], *, within: float, timeout: float) -> Node:
         """Connections with the ranks that listen at `names`, all of which call this at about the same time.
@@ -101,41 +107,47 @@ class Meeting:
         `timeout` is that of the node. OSError where not all are there `within` so many seconds.
         """
         deadline = time.monotonic() + within
-        node = Node(rank, timeout)
+        node = Node(rank, timeout, os.dup(self._memory))
         try:
             for other, name in names.items():
                 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 node.add(node.giving, other, connection)
                 connection.connect(f"\0{name}")
                 _check_owner(connection)
-                connection.send(_RANK.pack(rank))
+                socket.send_fds(connection, [_RANK.pack(rank)], [self._memory])
             while len(node.taking) < len(names):
-                connection, other = self._accept(deadline)
-                if other not in names or other in node.taking:
-                    connection.close()
-                    raise ConnectionError(f"rank {other} called, which was not awaited")
-                node.add(node.taking, other, connection)
+                self._accept(node, names, deadline)
         except BaseException:
             node.__exit__()
             raise
         return node
 
-    def _accept(self, deadline: float) -> tuple[socket.socket, int]:
+    def _accept(self, node: Node, names: Mapping[int, str], deadline: float) -> None:
+        """Add the rank that calls next to the node."""
         self._listener.settimeout(max(deadline - time.monotonic(), 0.001))
         try:
             connection, _ = self._listener.accept()
         except TimeoutError:
             raise TimeoutError("not all others connected in time") from None
+        memory: list[int] = []
         try:
             _check_owner(connection)
             connection.settimeout(max(deadline - time.monotonic(), 0.001))
-            return connection, _RANK.unpack(connection.recv(_RANK.size))[0]
-        except struct.error:
-            connection.close()
-            raise ConnectionError("a rank of this node hung up") from None
+            message, memory, *_ = socket.recv_fds(connection, _RANK.size, 1, socket.MSG_CMSG_CLOEXEC)
+            if not message:
+                raise ConnectionError("a rank of this node hung up")
+            if not memory:  # the kernel has closed it again
+                raise ConnectionError("no descriptor is left for another rank's memory (ulimit -n)")
+            (rank,) = _RANK.unpack(message)
+            if rank not in names or rank in node.taking:
+                raise ConnectionError(f"rank {rank} called, which was not awaited")
         except BaseException:
             connection.close()
+            for descriptor in memory:
+                os.close(descriptor)
             raise
+        node.add(node.taking, rank, connection)
+        (node.memory[rank],) = memory
 
 
 def _check_owner(connection: socket.socket) -> None:

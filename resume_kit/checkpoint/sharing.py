@@ -62,7 +62,8 @@ def share_out(items: Iterable[Item], work: Callable[[Shared[Item]], None], threa
 def side_by_side(works: Sequence[tuple[str, Callable[[], None]]], stop: Callable[[], None]) -> None:
     """Call each of `works`, (name, function), in a thread of its own, the first in this one.
 
-    The first error of one is raised, after every thread has ended; `stop`, called at each, is to make them end.
+    The first error of one is raised, after every thread has ended, or else what interrupted one; `stop`, called at
+    each, is to make them end.
     """
     failures: list[BaseException] = []
     ended = [threading.Event() for _ in works]
@@ -90,6 +91,7 @@ def side_by_side(works: Sequence[tuple[str, Callable[[], None]]], stop: Callable
         while interrupt := _interrupt_of_waiting(others, ended[1:]):
             failures.append(interrupt)
             stop()
+    failures.sort(key=lambda error: isinstance(error, Exception))  # an interrupt comes before what it may follow
     if failures:
         raise failures[0]
 

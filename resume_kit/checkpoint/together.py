@@ -14,6 +14,7 @@ import select
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -22,21 +23,24 @@ import numpy as np
 from resume_kit.checkpoint.assignment import Needs, Share, assign
 from resume_kit.checkpoint.destination import Destination
 from resume_kit.checkpoint.node import NeighbourLost, Node
-from resume_kit.checkpoint.pages import whole_pages
 from resume_kit.checkpoint.readplan import ReadPlan, Window
-from resume_kit.checkpoint.sharing import MOST_WINDOWS, Shared, default_windows
+from resume_kit.checkpoint.sharing import Shared, default_windows
 
-#: What ranks say: how many bytes their needs have, and each window; window w holds share s; w is taken.
-_HELLO, _OFFER, _TAKEN = struct.Struct("<QQ"), struct.Struct("<II"), struct.Struct("<I")
+#: What ranks say: how many windows their memory has, of how many bytes, and how long the needs are that lie behind
+#: them; window w holds share s; w is taken.
+_HELLO, _OFFER, _TAKEN = struct.Struct("<QQQ"), struct.Struct("<II"), struct.Struct("<I")
+#: In an offer, in place of a window: the rank is still reading for others, and its offers are to come.
+_LATER = 0xFFFFFFFF
 #: Threads of one rank that take what the others offer, at least one for each of them.
 TAKERS = 2
 
 
 class SharedWindow:
-    """Memory that the ranks of a node see, through a descriptor. One thread of a rank has it at a time."""
+    """`nbytes` of the memory behind a descriptor, from byte `offset` on. One thread of a rank has it at a time."""
 
-    def __init__(self, descriptor: int, nbytes: int) -> None:
-        self.descriptor = descriptor
+    def __init__(self, descriptor: int, offset: int, nbytes: int) -> None:
+        self._descriptor = descriptor
+        self._offset = offset
         self._nbytes = nbytes
         self._mapped: tuple[mmap.mmap, memoryview] | None = None
         self._pinned = ExitStack()
@@ -44,14 +48,14 @@ class SharedWindow:
     def memory(self, destination: Destination) -> memoryview:
         """Mapped at the first call, and pinned where `destination` is a GPU."""
         if self._mapped is None:
-            pages = mmap.mmap(self.descriptor, self._nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            pages = mmap.mmap(self._descriptor, self._nbytes, flags, offset=self._offset)
             self._mapped = pages, memoryview(pages)
             self._pinned.enter_context(destination.pinned(self._mapped[1]))
         return self._mapped[1]
 
     def close(self) -> None:
         self._pinned.close()
-        os.close(self.descriptor)
         if self._mapped is not None:
             (pages, memory), self._mapped = self._mapped, None
             with suppress(BufferError):  # an error on its way still refers to it, and takes it along
@@ -78,7 +82,9 @@ class Together:
         self._destination = destination
         self._free = [*range(len(own))]
         self._answers = dict.fromkeys(self._free, 0)
-        self._listening = threading.Lock()
+        self._due = Counter(rank for share in shares if share.reader == node.rank for rank in share.takers)
+        self._told = dict.fromkeys(self._due, time.monotonic())
+        self._offering, self._listening = threading.Lock(), threading.Lock()
         self._poll = select.poll()
         self._givers = {connection.fileno(): connection for connection in node.giving.values()}
         for descriptor in self._givers:
@@ -114,8 +120,7 @@ class Together:
                 if not ready:
                     raise NeighbourLost(f"no rank of this node took its part within {self._node.timeout:g} s")
                 for descriptor, _ in ready:
-                    message, _ = self._node.receive(self._givers[descriptor], _TAKEN.size)
-                    (taken,) = _TAKEN.unpack(message)
+                    (taken,) = _TAKEN.unpack(self._node.receive(self._givers[descriptor], _TAKEN.size))
                     self._answers[taken] -= 1
                     if not self._answers[taken]:
                         self._free.append(taken)
@@ -123,12 +128,25 @@ class Together:
         return number, self._own[number].memory(self._destination)
 
     def give(self, number: int, file: str, block: int) -> None:
-        """Offer a window, which holds a block that has been checked. Raises `NeighbourLost`."""
+        """Offer a window, which holds a block that has been checked. Raises `NeighbourLost`.
+
+        Ranks whose offers come later hear of it often enough not to take this one for lost.
+        """
         share = self._numbers[file, block]
         takers = self._shares[share].takers
         self._answers[number] = len(takers)
-        for rank in takers:
-            self._node.send(self._node.giving[rank], _OFFER.pack(number, share))
+        with self._offering:
+            for rank in takers:
+                self._due[rank] -= 1
+                self._tell(rank, number, share)
+            late = time.monotonic() - self._node.timeout / 4
+            for rank, due in self._due.items():
+                if due and self._told[rank] < late:
+                    self._tell(rank, _LATER, 0)
+
+    def _tell(self, rank: int, window: int, share: int) -> None:
+        self._told[rank] = time.monotonic()
+        self._node.send(self._node.giving[rank], _OFFER.pack(window, share))
 
     # -- taking: in threads of their own
 
@@ -146,8 +164,9 @@ class Together:
         connection = self._node.taking[rank]
         with self._destination.lane(0) as lane:
             for _ in turns:
-                message, _ = self._node.receive(connection, _OFFER.size)
-                window, number = _OFFER.unpack(message)
+                window = _LATER
+                while window == _LATER:
+                    window, number = _OFFER.unpack(self._node.receive(connection, _OFFER.size))
                 share = self._shares[number]
                 memory = self._theirs[rank][window].memory(self._destination)
                 lane.take(memory, plan.window(numbers[share.file], share.block))
@@ -159,30 +178,27 @@ class Together:
 def read_together(node: Node, needs: Needs, window_bytes: int, destination: Destination) -> Iterator[Together]:
     """Tell the other ranks of the node what this one wants, and hear what they want; all of them call this.
 
-    No block that this rank wants is larger than `window_bytes`. Raises `NeighbourLost`. No memory and no descriptor is
-    left at the end.
+    Once for each node. No block that this rank wants is larger than `window_bytes`. Raises `NeighbourLost`. Nothing is
+    mapped any more at the end.
     """
     with ExitStack() as held:
 
-        def window(descriptor: int, nbytes: int) -> SharedWindow:
-            found = SharedWindow(descriptor, nbytes)
-            held.callback(found.close)
+        def windows(rank: int, count: int, nbytes: int) -> list[SharedWindow]:
+            found = [SharedWindow(node.memory[rank], number * nbytes, nbytes) for number in range(count)]
+            for window in found:
+                held.callback(window.close)
             return found
 
-        text, nbytes = json.dumps(needs).encode(), whole_pages(window_bytes)
-        told, *own = [window(os.memfd_create("resume_kit"), nbytes) for _ in range(1 + default_windows())]
-        os.write(told.descriptor, text)
-        for found in own:
-            os.truncate(found.descriptor, nbytes)
-        hello, descriptors = _HELLO.pack(len(text), nbytes), [found.descriptor for found in (told, *own)]
+        unit = mmap.ALLOCATIONGRANULARITY  # where a window may begin: a page, of 64 KiB on some machines
+        count, nbytes, text = default_windows(), -(-window_bytes // unit) * unit, json.dumps(needs).encode()
+        os.pwrite(node.memory[node.rank], text, count * nbytes)
         for connection in node.giving.values():
-            node.send(connection, hello, descriptors)
-        everyone, theirs = {node.rank: needs}, {}
+            node.send(connection, _HELLO.pack(count, nbytes, len(text)))
+        own, theirs, everyone = windows(node.rank, count, nbytes), {}, {node.rank: needs}
         for rank, connection in node.taking.items():
-            message, descriptors = node.receive(connection, _HELLO.size, 1 + MOST_WINDOWS)
-            size, nbytes = _HELLO.unpack(message)
-            first, *theirs[rank] = [window(descriptor, nbytes) for descriptor in descriptors]
-            everyone[rank] = json.loads(os.pread(first.descriptor, size, 0))
+            count, nbytes, length = _HELLO.unpack(node.receive(connection, _HELLO.size))
+            theirs[rank] = windows(rank, count, nbytes)
+            everyone[rank] = json.loads(os.pread(node.memory[rank], length, count * nbytes))
         yield Together(node, assign(everyone), own, theirs, destination)
 
 

@@ -55,7 +55,7 @@ def _meet(coordinator: Coordinator, report: Report, held: ExitStack) -> Node | N
         try:
             meeting = until_met.enter_context(Meeting())
         except OSError as error:
-            failure = f"it cannot listen: {error}"
+            failure = f"it cannot be met: {error}"
         told = coordinator.gather("meet", lambda: [_place(), meeting.name if meeting else ""])
         nodes: dict[str, dict[int, str]] = defaultdict(dict)
         for rank, (place, name) in enumerate(told):
@@ -65,7 +65,8 @@ def _meet(coordinator: Coordinator, report: Report, held: ExitStack) -> Node | N
         others = {r: name for r, name in nodes[told[coordinator.rank][0]].items() if r != coordinator.rank}
         if meeting and others and all(others.values()):
             try:
-                node = meeting.connect(coordinator.rank, others, within=CONNECTING, timeout=coordinator.timeout)
+                # half of the round's bound: a rank that hangs is named by the round, in time for all
+                node = meeting.connect(coordinator.rank, others, within=CONNECTING, timeout=coordinator.timeout / 2)
                 held.enter_context(node)
             except OSError as error:
                 failure = str(error) or type(error).__name__

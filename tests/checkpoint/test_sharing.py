@@ -118,3 +118,18 @@ def test_threads_of_several_kinds_end_together_with_the_first_error() -> None:
     with pytest.raises(LookupError, match="first"):
         side_by_side(works, stopped.set)
     assert names == ["taker-2"] and threading.active_count() == 1
+
+
+def test_an_interrupt_counts_before_an_error_that_came_first() -> None:
+    """Ctrl-C reaches all ranks of a node; one that is quicker ends the waits of the others before they see theirs."""
+    stopped = threading.Event()
+
+    def interrupted() -> None:
+        assert stopped.wait(30)
+        raise KeyboardInterrupt
+
+    def fails() -> None:
+        raise ValueError("a neighbour is gone")
+
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side([("reader", interrupted), ("taker", fails)], stopped.set)

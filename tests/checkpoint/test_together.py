@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -22,13 +23,15 @@ from resume_kit.checkpoint.carrying import ReadAccount, carry_out
 from resume_kit.checkpoint.datafile import DataFile
 from resume_kit.checkpoint.destination import HostMemory
 from resume_kit.checkpoint.node import NeighbourLost, Node
+from resume_kit.checkpoint.pages import PAGE
 from resume_kit.checkpoint.readplan import Source, plan_reads, survey, window_bytes
+from resume_kit.checkpoint.sharing import MOST_WINDOWS
 from resume_kit.checkpoint.together import Together, read_together
 from resume_kit.checkpoint.transfers import Transfer
 from resume_kit.errors import CheckpointDamaged
 from tests.checkpoints import flip
 from tests.conftest import Ranks
-from tests.nodes import connected
+from tests.nodes import connected, in_threads
 from tests.ranks import RankFailure
 
 #: Files of `ROWS` rows of `ROW` bytes; a block holds 64 of them, the last one 40.
@@ -136,10 +139,11 @@ def rank_reads(
             node.abort()
             return Outcome(error="before")
         outcome = read(node, Path(folder), wanted[rank])
-        outcome.whole, outcome.left = whole, traces()
+        outcome.whole = whole
         (Path(folder) / f"{rank}.done").touch()
         while fault in ("", "damaged") and len([*Path(folder).glob("*.done")]) < world_size:
             time.sleep(0.002)  # connections last until all have ended, as in a run
+    outcome.left = traces()
     return outcome
 
 
@@ -276,6 +280,35 @@ def test_a_rank_that_stands_still_is_waited_for_no_longer_than_the_bound(ranks: 
     assert 0.3 <= seconds < 1.5
 
 
+def rank_reads_slowly(rank: int, world_size: int, folder: str, wanted: Sequence[Sequence[Wanted]]) -> Outcome:
+    readplan.PAGE, assignment.LEAST_SHARED = 1, 1
+    read_block = DataFile.read_block
+
+    def slowly(*given: Any) -> None:
+        time.sleep(0.15)
+        read_block(*given)
+
+    DataFile.read_block = slowly  # type: ignore[method-assign]
+    with connected(Path(folder), rank, world_size, timeout=0.8) as node:
+        outcome = read(node, Path(folder), wanted[rank], readers=1)
+        (Path(folder) / f"{rank}.done").touch()
+        while len([*Path(folder).glob("*.done")]) < world_size:
+            time.sleep(0.002)
+    return outcome
+
+
+def test_a_rank_that_reads_for_another_first_is_not_taken_for_one_that_stands_still(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    """Rank 0 reads eight blocks for rank 1, which takes twice as long as the bound, and then eight for rank 2."""
+    contents = files(tmp_path, 2)
+    whole = [(file, 0, ROWS, 0, ROW) for file in (0, 1)]
+    outcomes: list[Outcome] = ranks.run(rank_reads_slowly, 3, str(tmp_path), [whole, whole[:1], whole[1:]], timeout=30)
+    assert [outcome.text for outcome in outcomes] == [""] * 3
+    assert [len(outcome.buffers) for outcome in outcomes] == [2, 1, 1]
+    assert outcomes[2].buffers[0] == contents[1].tobytes()
+
+
 def refuses(rank: int, world_size: int, folder: str) -> str:
     from resume_kit.checkpoint import node
 
@@ -289,6 +322,25 @@ def test_who_belongs_to_another_user_is_not_let_in(ranks: Ranks, tmp_path: Path)
     with pytest.raises(RankFailure) as caught:
         ranks.run(refuses, 2, str(tmp_path), timeout=30, grace=12)
     assert "PermissionError" in caught.value.error_types[0] and "user 7" in caught.value.outcomes[0].error
+
+
+def few_descriptors(rank: int, world_size: int) -> list[str]:
+    """Six ranks of eight windows each as threads of one process that may have 200 descriptors."""
+    from resume_kit.checkpoint import together
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+    together.default_windows = lambda: MOST_WINDOWS  # type: ignore[attr-defined]
+
+    def work(node: Node) -> str:
+        with read_together(node, {}, PAGE, HostMemory([])):
+            return "read"
+
+    return [str(found) for found in in_threads(6, work)]
+
+
+def test_a_node_of_many_ranks_needs_few_descriptors(ranks: Ranks) -> None:
+    """Those that are on their way count too: no more may be than one process may have open."""
+    assert ranks.run(few_descriptors, 1, timeout=30) == [["read"] * 6]
 
 
 @pytest.fixture(autouse=True)

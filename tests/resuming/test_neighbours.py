@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from resume_kit.checkpoint.node import NeighbourLost, Node
-from resume_kit.errors import CheckpointDamaged, Problem, RanksFailed
+from resume_kit.errors import CheckpointDamaged, Problem, RanksFailed, ResumeKitError
 from resume_kit.resuming.report import Report
 from tests.conftest import Ranks
 from tests.engines.test_coordination import coordinator, departing
@@ -31,6 +32,8 @@ def met(rank: int, world_size: int, places: list[str], fault: str = "") -> tuple
             raise OSError(errno.EAFNOSUPPORT, "Address family not supported")
 
         connections.socket.socket = no_socket  # type: ignore[assignment, misc]
+    if fault == "no memory to share" and rank == 1:  # as where vm.memfd_noexec=2 forbids it
+        os.memfd_create = lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied"))
     if fault == "cannot connect" and rank == 1:
         connections.Meeting.connect = lambda *_, **__: (_ for _ in ()).throw(ConnectionRefusedError("refused"))  # type: ignore[method-assign]
 
@@ -68,7 +71,11 @@ def test_ranks_that_are_alone_on_their_nodes_read_alone(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "why"),
-    [("cannot listen", "it cannot listen: [Errno 97] Address family not supported"), ("cannot connect", "refused")],
+    [
+        ("cannot listen", "it cannot be met: [Errno 97] Address family not supported"),
+        ("no memory to share", "it cannot be met: [Errno 13] Permission denied"),
+        ("cannot connect", "refused"),
+    ],
 )
 def test_if_one_rank_cannot_connect_its_node_reads_alone_and_the_report_says_so(
     fault: str, why: str, ranks: Ranks
@@ -108,3 +115,25 @@ def test_ranks_that_lost_each_other_for_no_other_reason_fail_alike(ranks: Ranks)
     assert found[0] == found[1] and found[0][0] == "RanksFailed"
     assert "rank 1: rank 0 took nothing" in found[0][1]
     assert "rank 0: rank 1 of this node was needed for reading together: it ended or failed" in found[0][1]
+
+
+@departing
+def stands_still(rank: int, world_size: int) -> str:
+    """Rank 2 stands still, rank 0 needs it, rank 1 needs nothing."""
+    from resume_kit.resuming.neighbours import read_with_neighbours
+
+    def read(node: Node | None) -> None:
+        assert node is not None
+        if rank == 0:
+            time.sleep(0.2)
+            node.receive(node.taking[2], 4)
+        time.sleep(4 if rank == 2 else 0)
+
+    with pytest.raises(ResumeKitError) as caught:
+        read_with_neighbours(coordinator(timeout=1.0), Report("run", 1), read)
+    return str(caught.value)
+
+
+def test_a_rank_that_stands_still_is_named_on_every_rank_that_does_not(ranks: Ranks) -> None:
+    needs_it, needs_nothing, _ = ranks.run(stands_still, 3, timeout=30)
+    assert "rank 2 did not arrive" in needs_it and needs_nothing == needs_it
