@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -40,7 +40,7 @@ class Workload(Protocol):
 
 
 class ZeroRun:
-    """A DeepSpeed run. Without `initial` its weights are whatever lies in memory: a checkpoint will bring them."""
+    """A DeepSpeed run. Without `initial` its weights may be whatever lies in memory: a checkpoint will bring them."""
 
     def __init__(self, config: TrainConfig, *, initial: bool) -> None:
         train_zero3.prepare_environment(config)
@@ -48,7 +48,8 @@ class ZeroRun:
 
         self._backend = "nccl" if train_zero3.uses_cuda() else "gloo"
         self.config = config
-        with nullcontext() if initial else no_init_weights():  # on a host's cores it takes seconds a billion weights
+        skipped = not initial and not ties_weights(config.model)  # on a host's cores it takes seconds a billion weights
+        with no_init_weights() if skipped else nullcontext():
             self.engine, self.loader = train_zero3.build(config)
         self.device = torch.device(self.engine.device)
 
@@ -108,6 +109,14 @@ class MegatronRun:
 
     def describe(self) -> str:
         return f"Megatron-core, {self.training.describe()}"
+
+
+def ties_weights(model: Mapping[str, Any]) -> bool:
+    """Whether a transformers model of these settings has a weight twice; initialising is what makes it one."""
+    from transformers import AutoConfig
+
+    settings = {key: value for key, value in model.items() if key not in ("type", "attn_implementation")}
+    return bool(getattr(AutoConfig.for_model(model.get("type", "gpt2"), **settings), "tie_word_embeddings", True))
 
 
 def _named(masters: Sequence[torch.Tensor], state: Any) -> dict[str, torch.Tensor]:
