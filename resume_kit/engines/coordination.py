@@ -8,6 +8,7 @@ The idea of error-transparent named steps is torch DCP's.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import time
@@ -67,7 +68,9 @@ class Coordinator:
                 timeout=timeout,
             )
         store = c10d.PrefixStore(f"resume_kit/{next(_instances)}", c10d._get_default_store())
-        return cls(store, rank=dist.get_rank(), world_size=dist.get_world_size(), timeout=timeout)
+        found = cls(store, rank=dist.get_rank(), world_size=dist.get_world_size(), timeout=timeout)
+        atexit.register(found._leave)
+        return found
 
     def twin(self) -> Coordinator:
         """A coordinator of the same ranks for another thread: a connection and keys of its own.
@@ -124,9 +127,16 @@ class Coordinator:
         return self.round(name, lambda: None, lambda _: work())
 
     def depart(self) -> None:
-        """The last call before the process ends: rank 0 stays until the others have read the last result."""
+        """The last call before the process ends: rank 0 stays until the others have read the last result.
+
+        A process that ends without it makes up for it, but does not stay as long.
+        """
+        self._leave(_FAREWELL)
+
+    def _leave(self, bound: float = _GRACE) -> None:
+        atexit.unregister(self._leave)
         with suppress(RuntimeError):  # a rank that comes too late finds the store gone, and has nothing left to read
-            self._acknowledge("depart", _FAREWELL)
+            self._acknowledge("depart", bound)
 
     def _collect(self, prefix: str, name: str) -> list[Any]:
         deadline = time.monotonic() + self.timeout
@@ -149,6 +159,13 @@ class Coordinator:
         left = self.timeout * 2 if deadline is None else max(deadline - time.monotonic(), 0.01)
         try:
             self._store.wait([key], timedelta(seconds=left))
+            answer: dict[str, Any] = json.loads(self._store.get(key))
+        except dist.DistNetworkError as error:
+            what = f"the connection to the store of the process group broke: {error}"
+            remedy = "the process that keeps the store has ended: look at rank 0's log, or that of the launcher's agent"
+            raise ResumeKitError(
+                f"{name}: the store is gone", [Problem(name, f"rank {self.rank}", what, remedy)]
+            ) from error
         except (RuntimeError, ValueError) as error:
             who = key.rsplit("/", 1)[1]
             late = "rank 0 sent no result" if who == "result" else f"rank {who} did not arrive"
@@ -159,7 +176,6 @@ class Coordinator:
                 "look at that rank's log: it is dead, hung, or took another path",
             )
             raise ResumeKitError(f"{name}: a rank is missing", [problem]) from error
-        answer: dict[str, Any] = json.loads(self._store.get(key))
         return answer
 
     def _acknowledge(self, prefix: str, bound: float = _GRACE) -> None:

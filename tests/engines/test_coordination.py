@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import math
 import time
@@ -373,18 +374,24 @@ def test_an_error_reaches_a_slow_rank_though_rank_zero_ends_with_it(ranks: Ranks
     assert seen_alike(ranks.run(slow_reader, 2))["headline"] == "the disk is gone"
 
 
-def last_round(rank: int, world_size: int, departs: bool) -> str:
+def last_round(rank: int, world_size: int, end: str) -> str:
     ranks = slow_rank_one(rank)
     result = ranks.on_rank_zero("last", lambda: "all is written")
-    if departs:
+    if end == "departs":
         ranks.depart()
+    elif end == "no farewell":
+        atexit.unregister(ranks._leave)
     return result
 
 
-def test_the_last_result_reaches_a_slow_rank_before_rank_zero_ends(ranks: Ranks) -> None:
-    assert ranks.run(last_round, 2, True) == ["all is written"] * 2
-    with pytest.raises(RankFailure):  # what departing is for
-        ranks.run(last_round, 2, False)
+@pytest.mark.parametrize("end", ["departs", "forgets"])
+def test_the_last_result_reaches_a_slow_rank_before_rank_zero_ends(end: str, ranks: Ranks) -> None:
+    assert ranks.run(last_round, 2, end) == ["all is written"] * 2
+
+
+def test_a_rank_whose_store_is_gone_is_told_so(ranks: Ranks) -> None:
+    with pytest.raises(RankFailure, match=r"last: the store is gone\n +\[last\] rank 1: the connection to the store"):
+        ranks.run(last_round, 2, "no farewell")
 
 
 def test_a_rank_that_is_dead_at_the_end_holds_rank_zero_for_so_long_only() -> None:

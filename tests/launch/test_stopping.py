@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,7 @@ class Torchrun:
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks."""
-        return [
-            pid for pid in children(self.process.pid) if b"train_zero3" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        return [pid for pid in children(self.process.pid) if "train_zero3" in command_line(pid)]
 
     def events(self, name: str) -> list[dict[str, Any]]:
         try:
@@ -58,18 +57,25 @@ class Torchrun:
 
     def close(self) -> None:
         for pid in [self.process.pid, *descendants(self.process.pid)]:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         self.process.wait()
 
 
 def children(pid: int) -> list[int]:
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += map(int, task.read_text().split())
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            found += map(int, task.read_text().split())
     return found
+
+
+def command_line(pid: int) -> str:
+    """Empty where the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def descendants(pid: int) -> list[int]:
@@ -90,7 +96,8 @@ def test_a_job_of_which_every_process_gets_sigterm_is_saved(jobs: list[Torchrun]
     jobs.append(job)
     job.wait_for("commit")
     for pid in [job.process.pid, *descendants(job.process.pid)]:
-        os.kill(pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # torchrun had a process for a moment only
+            os.kill(pid, signal.SIGTERM)
     job.process.wait(timeout=60)
     (preempt,) = job.events("preempt")
     assert preempt["by"].startswith("SIGTERM on rank ")
