@@ -11,10 +11,11 @@ from benchmarks.suite.timing import Clock, SystemFailed
 
 
 class Effect:
-    """Phases of `steps` steps; where a system saves, it does so every `every` of them.
+    """Phases of `steps` steps; where a system saves, it does so after the first of every `every` of them.
 
-    A phase's `mean step` is its whole time by its steps, on the slowest rank; a save that goes on behind the last
-    step is waited for, but not counted. `step` are the single steps.
+    So the steps beside which a save is written are those of its own phase. A phase's `mean step` is its whole time by
+    its steps, on the slowest rank, and holds the wait for a save that goes on behind the last step: in a run that goes
+    on, the next save would wait for it. `step` are the single steps.
     """
 
     def __init__(
@@ -43,16 +44,16 @@ class Effect:
             start = before = time.perf_counter()
             for number in range(1, self._steps + 1):
                 step = self._step()
-                if system is not None and number % self._every == 0:
+                if system is not None and (number - 1) % self._every == 0:
                     system.wait()
                     system.save(step)
                 now = time.perf_counter()
                 single.append(now - before)
                 before = now
-            clock.synchronize()
-            whole.append((time.perf_counter() - start) / self._steps)
             if system is not None:
                 system.wait()
+            clock.synchronize()
+            whole.append((time.perf_counter() - start) / self._steps)
 
         self._step()  # what the phase before left to do, it does here
         clock.barrier()

@@ -47,8 +47,10 @@ def test_a_rehearsal_differs_in_sizes_only(ranks: int) -> None:
     ]
 
 
-def test_eight_gpus_train_three_billion_parameters() -> None:
-    for spec in PRESETS["gpu-8x"].workloads:
+@pytest.mark.parametrize(("name", "billions"), [("gpu-2x", 1.0), ("gpu-8x", 3.1)])
+def test_several_gpus_train_as_many_parameters_as_it_says(name: str, billions: float) -> None:
+    assert f"{billions} billion parameters" in PRESETS[name].about
+    for spec in PRESETS[name].workloads:
         if spec.engine == "megatron":
             config = load_as(MegatronConfig, ROOT / spec.config, spec.settings)
             assert config.run.deterministic
@@ -63,7 +65,7 @@ def test_eight_gpus_train_three_billion_parameters() -> None:
         hidden, inner, layers, vocabulary = sizes
         attention = 2 * hidden * hidden + 2 * hidden * (hidden // heads) * groups
         weights = layers * (attention + 3 * hidden * inner) + 2 * (vocabulary or 0) * hidden
-        assert 3.0e9 < weights < 3.2e9
+        assert round(weights / 1e9, 1) == billions
 
 
 def test_of_a_budget_a_workload_gets_five_times_as_much_as_a_leg() -> None:
