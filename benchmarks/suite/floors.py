@@ -151,4 +151,4 @@ class Copies:
 
     def _wait(self) -> None:
         if self._cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device.device)

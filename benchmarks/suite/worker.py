@@ -24,6 +24,9 @@ from benchmarks.suite.timing import Clock, SystemFailed, shortened
 from benchmarks.suite.turns import Turns
 from benchmarks.suite.workloads import Workload, build
 
+#: What a part writes and deletes again, beside the run that its legs resume.
+MEASURED = "measured"
+
 
 def run(job: Job) -> None:
     """Measure the part. Collective; joins and leaves the default process group."""
@@ -47,6 +50,9 @@ def run(job: Job) -> None:
         },
     )
     account.say(workload.describe())
+    if clock.rank == 0:
+        sweep(job)
+    clock.barrier()
     try:
         if job.leg:
             measure_leg(account, workload, job.leg)
@@ -65,10 +71,23 @@ def run(job: Job) -> None:
     dist.destroy_process_group()
 
 
+def sweep(job: Job) -> None:
+    """Delete what nobody needs of the parts before: what a killed one measured, workloads whose legs are over.
+
+    At size, a memory file system has no room for it.
+    """
+    for folder in job.work:
+        place = place_of(job, folder)
+        for spec in job.preset.workloads:
+            over = job.leg is None and spec.name != job.spec.name
+            other = place.with_name(spec.name)
+            shutil.rmtree(other if over else other / MEASURED, ignore_errors=True)
+
+
 def _target(account: Account, workload: Workload, folder: Path, label: str) -> None:
     """Everything on one file system; what it writes there it deletes again."""
     job, clock, preset = account.job, account.clock, account.job.preset
-    place = place_of(job, folder) / "measured"
+    place = place_of(job, folder) / MEASURED
     if clock.rank == 0:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)

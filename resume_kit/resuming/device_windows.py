@@ -13,6 +13,7 @@ from resume_kit.checkpoint.destination import Destination, HostMemory, Lane
 from resume_kit.checkpoint.pages import allocate
 from resume_kit.checkpoint.readplan import Window
 from resume_kit.checkpoint.transfers import Transfer
+from resume_kit.engines import pinned
 
 _UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -40,16 +41,13 @@ def _pinned(memory: memoryview, device: torch.device) -> Iterator[None]:
     Registered in each thread at the same time, it is there sooner than torch's own pinned memory. Another thread may
     end it.
     """
-    cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     address = np.frombuffer(memory, np.uint8).ctypes.data
-    with torch.cuda.device(device):
-        registered = int(cuda.cudaHostRegister(address, len(memory), 0)) == 0
+    refused = pinned.register(address, len(memory), device)
     try:
         yield
     finally:
-        if registered:
-            with torch.cuda.device(device):
-                cuda.cudaHostUnregister(address)
+        if not refused:
+            pinned.unregister(address, device)
 
 
 class DeviceWindows:
@@ -64,8 +62,8 @@ class DeviceWindows:
     @contextmanager
     def lane(self, nbytes: int) -> Iterator[Lane]:
         stream, memory = torch.cuda.Stream(self._device), allocate(nbytes)  # type: ignore[no-untyped-call]
-        pinned = self.pinned(memory) if nbytes else nullcontext()
-        with torch.cuda.device(self._device), torch.cuda.stream(stream), pinned:
+        held = self.pinned(memory) if nbytes else nullcontext()
+        with torch.cuda.device(self._device), torch.cuda.stream(stream), held:
             try:
                 yield _DeviceLane(self._flats, self._host, memory, stream)
             finally:

@@ -11,6 +11,7 @@ import torch
 
 from resume_kit.checkpoint.blocks import BLOCK_BYTES
 from resume_kit.checkpoint.pages import allocate
+from resume_kit.engines import pinned
 from resume_kit.environment import available_memory, cores_per_rank, host_name
 from resume_kit.errors import Problem, SaveFailed
 
@@ -108,10 +109,9 @@ class Arena:
             self._failure = error
 
     def _pinned(self, memory: torch.Tensor) -> torch.Tensor:
-        torch.cuda.set_device(self._device)  # of this thread
-        error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
-        if int(error) == 0:
-            self._registered = weakref.finalize(self, _unregister, memory)
+        error = pinned.register(memory.data_ptr(), memory.numel(), self._device)
+        if not error:
+            self._registered = weakref.finalize(self, _unregister, memory, self._device)
             self._registered.atexit = False  # the process gives everything back by itself
             return memory
         try:
@@ -120,7 +120,7 @@ class Arena:
             limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
             locked = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,} bytes"
             self.note = (
-                f"{memory.numel():,} bytes of host memory cannot be pinned (CUDA error {int(error)}; the limit on "
+                f"{memory.numel():,} bytes of host memory cannot be pinned (CUDA error {error}; the limit on "
                 f"locked memory, ulimit -l, is {locked}): copies to it are slow and hold up training"
             )
             return memory
@@ -132,9 +132,9 @@ class Arena:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
 
-def _unregister(memory: torch.Tensor) -> None:
-    """Before the pages go back: CUDA would go on to take whatever comes to lie there for pinned."""
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+def _unregister(memory: torch.Tensor, device: torch.device) -> None:
+    """In whichever thread lets go of it last."""
+    pinned.unregister(memory.data_ptr(), device)
 
 
 def _touchers() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import sys
 import threading
-from contextlib import nullcontext
 
 import torch
 
@@ -13,6 +12,7 @@ from resume_kit.engines.coordination import Coordinator
 from resume_kit.errors import Problem, SaveFailed
 from resume_kit.saving.capture import Capture, FailedCapture
 from resume_kit.saving.save import Commit, Progress, SaveJournal, finish
+from resume_kit.saving.staging import on_stream
 
 
 class Pending:
@@ -78,10 +78,8 @@ class Pending:
         atexit.unregister(self._at_exit)
 
     def _run(self) -> None:
-        # A thread begins on the first device and its default stream.
-        on_stream = torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
         try:
-            with on_stream:
+            with on_stream(self._stream):
                 self.commit = finish(self._capture, self._coordinator, self._journal, self._progress)
         except Exception as error:
             if isinstance(self._capture, Capture):

@@ -328,6 +328,7 @@ def _layout_of(account: Account) -> list[Any]:
 
 
 def _warm_up(device: torch.device) -> None:
+    torch.cuda.set_device(device)  # of this thread
     fingerprint.warm_up(device)
     casts.warm_up(device)
 

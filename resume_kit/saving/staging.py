@@ -6,6 +6,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +105,7 @@ class Staging:
     def copied_on_device(self) -> None:
         """Make the current stream wait for the copies in the stream's queue."""
         if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def blocks(self, header: bytes) -> Iterator[Block]:
         """Each block, in the order of the copies, once its bytes are there; `header` are the file's first bytes.
@@ -130,7 +131,7 @@ class Staging:
     def _copy_from_device(self, memory: torch.Tensor, start: int, stop: int) -> torch.cuda.Event | None:
         if self._stream is None:
             return None
-        with torch.cuda.stream(self._stream):
+        with on_stream(self._stream):
             if not self._device.copy(memory, start, stop):
                 return None
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
@@ -187,6 +188,20 @@ class Staging:
             return None
         put, number = self._slots.put, slot
         return lambda: put(number)
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """The stream is the current one, on its own device; nothing without one.
+
+    A thread begins on the first device. `torch.cuda.stream` alone would go back there at its end in a way that makes a
+    context on it, hundreds of MB on the GPU of another rank.
+    """
+    if stream is None:
+        yield
+        return
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        yield
 
 
 class _Cursor:

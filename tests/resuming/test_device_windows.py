@@ -22,6 +22,7 @@ from resume_kit.checkpoint.pages import PAGE, allocate
 from resume_kit.checkpoint.readplan import ReadPlan, Source, plan_reads, survey, window_bytes
 from resume_kit.checkpoint.together import read_together
 from resume_kit.checkpoint.transfers import Transfer
+from resume_kit.engines import pinned
 from resume_kit.errors import CheckpointDamaged
 from resume_kit.resuming import device_windows
 from resume_kit.resuming.device_windows import live_destination, move_strided
@@ -161,8 +162,9 @@ class Cuda:
             self.pinned[address] = nbytes
         return self.error
 
-    def cudaHostUnregister(self, address: int) -> None:
+    def cudaHostUnregister(self, address: int) -> int:
         del self.pinned[address]
+        return 0
 
 
 @pytest.mark.parametrize("error", [0, 2])
@@ -172,6 +174,7 @@ def test_the_memory_of_a_lane_is_pinned_where_that_is_possible_and_only_while_it
     cuda = Cuda(error)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(pinned, "_forgotten", lambda error, _device: error)
     memory = allocate(3 * PAGE)
     with device_windows._pinned(memory, torch.device("cuda", 0)):
         address = np.frombuffer(memory, np.uint8).ctypes.data

@@ -8,6 +8,7 @@ import resource
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -173,7 +174,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     def arrange(error: int) -> tuple[Arena, Runtime]:
         runtime = Runtime(error)
         monkeypatch.setattr(module.torch.cuda, "cudart", lambda: runtime)
-        monkeypatch.setattr(module.torch.cuda, "set_device", lambda _: None)
+        monkeypatch.setattr(module.torch.cuda, "device", nullcontext)
+        monkeypatch.setattr(module.pinned, "_forgotten", lambda error, _device: error)
         return Arena(torch.device("cuda", 0)), runtime
 
     return arrange

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from resume_kit.checkpoint import blocks
 from resume_kit.errors import SaveFailed
 from resume_kit.saving import staging as module
-from resume_kit.saving.staging import Block, Staging
+from resume_kit.saving.staging import Block, Staging, on_stream
 
 BLOCK = 1024
 HEADER = bytes(range(200))
@@ -123,6 +125,33 @@ def test_where_no_memory_becomes_free_it_fails_within_the_bound() -> None:
     (problem,) = failure.value.problems
     assert "no block was written within" in problem.what and "file system" in problem.remedy
     assert staging.copied == 2
+
+
+def test_a_thread_is_on_the_streams_device_before_its_stream_is_set_and_until_it_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or torch goes back to the first device in its own way. Streams and devices are fakes that note their use."""
+    calls: list[str] = []
+
+    @contextmanager
+    def noted(what: object) -> Iterator[None]:
+        calls.append(f"into {what}")
+        yield
+        calls.append(f"out of {what}")
+
+    class Side:
+        device = torch.device("cuda", 1)
+
+        def __str__(self) -> str:
+            return "the stream"
+
+    monkeypatch.setattr(torch.cuda, "device", noted)
+    monkeypatch.setattr(torch.cuda, "stream", noted)
+    with on_stream(Side()):  # type: ignore[arg-type]
+        assert calls == ["into cuda:1", "into the stream"]
+    assert calls[2:] == ["out of the stream", "out of cuda:1"]
+    with on_stream(None):
+        assert len(calls) == 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
