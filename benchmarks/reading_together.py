@@ -1,7 +1,8 @@
 """Column slices of a checkpoint, read by ranks alone and together: `python -m benchmarks.reading_together --work DIR`.
 
 The files are those of TP1, rows shared out among the ranks. A plain load reads the same boxes back; the others read
-column slices, as TP with so many ranks wants them. No engine, no GPU; what is measured is the loader, in turns.
+column slices, as TP with so many ranks wants them: each rank alone, and all together, of which the kit does one. No
+engine, no GPU; what is measured is the loader, in turns.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from benchmarks.suite import floors, storage
 from resume_kit.algebra.boxes import Box
 from resume_kit.checkpoint import files, names
 from resume_kit.checkpoint.carrying import ReadAccount
+from resume_kit.checkpoint.filesystems import in_memory
 from resume_kit.checkpoint.index import RankIndex, StoredPiece
 from resume_kit.checkpoint.layout import plan_file
 from resume_kit.checkpoint.node import Meeting, Node
@@ -37,6 +39,7 @@ from resume_kit.resuming.wanted import Want
 
 _SHAPE = 1024, 4096  # fp32: 16 MiB a tensor, 8 KiB a run for two ranks
 _WITHIN, _TIMEOUT = 20.0, 120.0
+_ALONE, _TOGETHER = "column slices, alone", "column slices, together"
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ def _measure(job: _Job, rank: int) -> None:
     torch.set_num_threads(1)
     ways: dict[str, Callable[[], ReadAccount | None]] = {
         "plain": _reading(job, rank, 0, False),
-        "column slices, alone": _reading(job, rank, 1, False),
-        "column slices, together": _reading(job, rank, 1, True),
+        _ALONE: _reading(job, rank, 1, False),
+        _TOGETHER: _reading(job, rank, 1, True),
     }
     file = job.folder / names.data_file(rank)
     for way in floors.WAYS:
@@ -124,8 +127,8 @@ def _node(job: _Job, rank: int) -> Iterator[Node]:
 
 
 def measure(work: Path, megabytes: int, ranks: int, repeats: int) -> dict[str, Any]:
-    """Seconds until all ranks have read, by way: all samples after the first; and each rank's bytes (wanted, read,
-    checked). `megabytes` are those of all ranks."""
+    """Seconds until all ranks have read, by way: all samples after the first; each rank's bytes (wanted, read,
+    checked); and the way that the kit takes in `work` (`kit`). `megabytes` are those of all ranks."""
     folder = work / "reading-together"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -149,7 +152,8 @@ def measure(work: Path, megabytes: int, ranks: int, repeats: int) -> dict[str, A
     samples = {
         name: [max(pair) for pair in zip(*(r[1][name] for r in of_ranks), strict=True)] for name in of_ranks[0][1]
     }
-    return {"seconds": samples, "bytes": {name: [r[2][name] for r in of_ranks] for name in of_ranks[0][2]}}
+    found = {name: [r[2][name] for r in of_ranks] for name in of_ranks[0][2]}
+    return {"seconds": samples, "bytes": found, "kit": _ALONE if in_memory(work) else _TOGETHER}
 
 
 def main() -> None:
@@ -170,7 +174,8 @@ def main() -> None:
             spread = f"{middle:.3f} s ({min(seconds):.3f}–{max(seconds):.3f})"
             wanted, read, checked = (sum(n) for n in zip(*found[kind]["bytes"].get(name, [[0, 0, 0]]), strict=True))
             of = f", read {read / wanted:.2f} of wanted, {checked / read:.0%} of it checked" if wanted else ""
-            print(f"{kind}, {name}: {spread}, {middle / plain:.2f} of plain{of}", flush=True)
+            taken = "; as the kit reads" if name == found[kind]["kit"] else ""
+            print(f"{kind}, {name}: {spread}, {middle / plain:.2f} of plain{of}{taken}", flush=True)
     if arguments.out:
         sizes = {"megabytes": arguments.megabytes, "ranks": arguments.ranks}
         facts = {"date": time.strftime("%Y-%m-%d"), **hardware(), **sizes, "file systems": found}

@@ -123,21 +123,36 @@ def _free_on_host() -> int | None:
     return None
 
 
+#: Files of a cgroup with a limit on memory, (limit, used), and the line in memory.stat of page cache that can go: of
+#: version 2, and of version 1, whose memory controller has a hierarchy of its own.
+_MEMORY_FILES = (
+    ("0::", "", "memory.max", "memory.current", "inactive_file"),
+    (":memory:", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
 def _free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """Bytes left under the limit of this process's cgroup (version 2) and of each around it. Page cache is left."""
+    """Bytes left under the limit of this process's cgroup and of each around it. Page cache is left."""
     try:
-        place = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
+        lines = own.read_text().splitlines()
+    except OSError:
         return
-    here = root / place.lstrip("/")
-    for group in (here, *here.parents):
-        if not group.is_relative_to(root):
-            return
-        try:
-            limit = (group / "memory.max").read_text().strip()
-            used = int((group / "memory.current").read_text())
-            cache = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        except (OSError, ValueError):
-            continue
-        if limit != "max":
-            yield max(0, int(limit) - used + (int(cache[1]) if cache else 0))
+    for mark, hierarchy, *files in _MEMORY_FILES:
+        for place in (line.partition(mark)[2] for line in lines if mark in line):
+            top = root / hierarchy
+            here = top / place.lstrip("/")
+            for group in (here, *here.parents):
+                if group.is_relative_to(top):
+                    yield from _free_in(group, *files)
+
+
+def _free_in(group: Path, limit: str, used: str, cache: str) -> Iterator[int]:
+    """Bytes left under the limit of one cgroup; nothing where it has none, or does not tell."""
+    try:
+        most = (group / limit).read_text().strip()
+        taken = int((group / used).read_text())
+        kept = re.search(rf"^{cache} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        return
+    if most != "max":
+        yield max(0, int(most) - taken + (int(kept[1]) if kept else 0))

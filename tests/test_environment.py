@@ -33,6 +33,17 @@ def test_each_limit_around_this_process_counts(tmp_path: Path) -> None:
     assert sorted(_free_in_cgroups(root, own)) == [400, 4400]
 
 
+def test_the_memory_controller_of_version_1_counts_too(tmp_path: Path) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "self"
+    own.write_text("5:devices:/job_7\n4:memory:/job_7\n0::/\n")
+    for place, limit in (("memory", 1 << 62), ("memory/job_7", 1000)):
+        (root / place).mkdir(parents=True)
+        (root / place / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (root / place / "memory.usage_in_bytes").write_text("700\n")
+        (root / place / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 50\n")
+    assert sorted(_free_in_cgroups(root, own)) == [350, (1 << 62) - 650]
+
+
 def test_without_cgroups_there_is_no_limit(tmp_path: Path) -> None:
     own = tmp_path / "self"
     own.write_text("1:name=systemd:/\n")

@@ -37,11 +37,6 @@ def reader_count(plan: ReadPlan, readers: int | None = None) -> int:
     return max(1, min(readers or default_readers(), windows))
 
 
-def window_memory(wanted_bytes: int, block_bytes: int, windows: int) -> int:
-    """Bytes of host memory that reading so much takes at the most, beside its targets."""
-    return block_bytes * min(windows, -(-wanted_bytes // max(1, block_bytes)))
-
-
 def carry_out(
     plan: ReadPlan,
     directory: Path,

@@ -1,4 +1,4 @@
-"""On which file system a directory lies, and whether a rename there is one act."""
+"""On which file system a directory lies: whether a rename there is one act, and whether it is memory."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _OBJECT_STORES = {
     "rclone",
     "s3fs",
 }
+_MEMORY = {"tmpfs", "ramfs", "hugetlbfs"}
 
 
 def require_atomic_renames(run: Path, mounts: Path = _MOUNTS) -> None:
@@ -29,6 +30,11 @@ def require_atomic_renames(run: Path, mounts: Path = _MOUNTS) -> None:
         what = f"lies on an object store ({kind}), where the rename of a directory is not one act"
         remedy = "take a file system for the run directory, and copy committed checkpoints to the store from there"
         raise UsageError("the run directory cannot be used", [Problem("run directory", str(run), what, remedy)])
+
+
+def in_memory(path: Path, mounts: Path = _MOUNTS) -> bool:
+    """Whether what lies at `path` is in memory, and nowhere else. False where the system does not tell."""
+    return (mounted_as(path, mounts) or "").partition(" ")[0] in _MEMORY
 
 
 def mounted_as(path: Path, mounts: Path = _MOUNTS) -> str | None:

@@ -22,12 +22,14 @@ class Node:
     offers. Each wait is bounded by `timeout` seconds.
 
     `memory` are descriptors, by rank, this one's among them: of memory that a rank writes and all of the node see.
+    `shortage` is why this rank had too little of it to read together, if so.
     """
 
     def __init__(self, rank: int, timeout: float, memory: int) -> None:
         self.rank = rank
         self.timeout = timeout
         self.memory = {rank: memory}
+        self.shortage = ""
         self.giving: dict[int, socket.socket] = {}
         self.taking: dict[int, socket.socket] = {}
 

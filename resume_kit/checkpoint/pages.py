@@ -18,6 +18,11 @@ def whole_pages(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
 
 
+def filled(nbytes: int) -> int:
+    """Bytes that `allocate(nbytes)` takes at the most, once all of it has been filled."""
+    return -(-nbytes // _HUGE) * _HUGE if nbytes >= LARGE else whole_pages(nbytes)
+
+
 def allocate(nbytes: int) -> memoryview:
     """Host memory, uint8 [nbytes], on whole pages, huge ones where it is large; it costs nothing until it is filled.
 

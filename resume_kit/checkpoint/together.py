@@ -27,8 +27,8 @@ from resume_kit.checkpoint.readplan import ReadPlan, Window
 from resume_kit.checkpoint.sharing import Shared, default_windows
 
 #: What ranks say: how many windows their memory has, of how many bytes, and how long the needs are that lie behind
-#: them; window w holds share s; w is taken.
-_HELLO, _OFFER, _TAKEN = struct.Struct("<QQQ"), struct.Struct("<II"), struct.Struct("<I")
+#: them; whether they have memory for what they are to read for others; window w holds share s; w is taken.
+_HELLO, _READY, _OFFER, _TAKEN = (struct.Struct(form) for form in ("<QQQ", "<?", "<II", "<I"))
 #: In an offer, in place of a window: the rank is still reading for others, and its offers are to come.
 _LATER = 0xFFFFFFFF
 #: Threads of one rank that take what the others offer, at least one for each of them.
@@ -36,18 +36,27 @@ TAKERS = 2
 
 
 class SharedWindow:
-    """`nbytes` of the memory behind a descriptor, from byte `offset` on. One thread of a rank has it at a time."""
+    """`nbytes` of the memory behind a descriptor, from byte `offset` on. One thread of a rank has it at a time.
 
-    def __init__(self, descriptor: int, offset: int, nbytes: int) -> None:
+    Its `owner` takes the memory, the others find it taken.
+    """
+
+    def __init__(self, descriptor: int, offset: int, nbytes: int, *, owner: bool) -> None:
         self._descriptor = descriptor
         self._offset = offset
         self._nbytes = nbytes
+        self._owner = owner
         self._mapped: tuple[mmap.mmap, memoryview] | None = None
         self._pinned = ExitStack()
 
     def memory(self, destination: Destination) -> memoryview:
-        """Mapped at the first call, and pinned where `destination` is a GPU."""
+        """Mapped at the first call, and pinned where `destination` is a GPU.
+
+        OSError where there is no memory for it: without the reservation, touching it would be a SIGBUS.
+        """
         if self._mapped is None:
+            if self._owner:
+                os.posix_fallocate(self._descriptor, self._offset, self._nbytes)
             flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
             pages = mmap.mmap(self._descriptor, self._nbytes, flags, offset=self._offset)
             self._mapped = pages, memoryview(pages)
@@ -80,7 +89,7 @@ class Together:
         self._own = own
         self._theirs = theirs
         self._destination = destination
-        self._free = [*range(len(own))]
+        self._free = [*reversed(range(len(own)))]
         self._answers = dict.fromkeys(self._free, 0)
         self._due = Counter(rank for share in shares if share.reader == node.rank for rank in share.takers)
         self._told = dict.fromkeys(self._due, time.monotonic())
@@ -113,6 +122,12 @@ class Together:
 
     def window(self) -> tuple[int, memoryview]:
         """A window that nobody needs any more: its number and its memory. Waits. Raises `NeighbourLost`."""
+        while True:
+            number = self._free_window()
+            with suppress(OSError):  # no memory for one more: those that there are go round, the first at least
+                return number, self._own[number].memory(self._destination)
+
+    def _free_window(self) -> int:
         with self._listening:
             deadline = time.monotonic() + self._node.timeout
             while not self._free:
@@ -124,8 +139,7 @@ class Together:
                     self._answers[taken] -= 1
                     if not self._answers[taken]:
                         self._free.append(taken)
-            number = self._free.pop()  # the last used: the others may never take memory
-        return number, self._own[number].memory(self._destination)
+            return self._free.pop()  # the last used: the others may never take memory
 
     def give(self, number: int, file: str, block: int) -> None:
         """Offer a window, which holds a block that has been checked. Raises `NeighbourLost`.
@@ -178,28 +192,54 @@ class Together:
 def read_together(node: Node, needs: Needs, window_bytes: int, destination: Destination) -> Iterator[Together]:
     """Tell the other ranks of the node what this one wants, and hear what they want; all of them call this.
 
-    Once for each node. No block that this rank wants is larger than `window_bytes`. Raises `NeighbourLost`. Nothing is
-    mapped any more at the end.
+    Once for each node. No block that this rank wants is larger than `window_bytes`. Nothing is shared where a rank has
+    no memory for a first window of its own, or to tell its needs; that rank's `node.shortage` says so. Raises
+    `NeighbourLost`. Nothing is mapped any more at the end.
     """
     with ExitStack() as held:
 
         def windows(rank: int, count: int, nbytes: int) -> list[SharedWindow]:
-            found = [SharedWindow(node.memory[rank], number * nbytes, nbytes) for number in range(count)]
+            memory, owner = node.memory[rank], rank == node.rank
+            found = [SharedWindow(memory, number * nbytes, nbytes, owner=owner) for number in range(count)]
             for window in found:
                 held.callback(window.close)
             return found
 
         unit = mmap.ALLOCATIONGRANULARITY  # where a window may begin: a page, of 64 KiB on some machines
         count, nbytes, text = default_windows(), -(-window_bytes // unit) * unit, json.dumps(needs).encode()
-        os.pwrite(node.memory[node.rank], text, count * nbytes)
-        for connection in node.giving.values():
-            node.send(connection, _HELLO.pack(count, nbytes, len(text)))
         own, theirs, everyone = windows(node.rank, count, nbytes), {}, {node.rank: needs}
+        told = _has_memory(node, lambda: _write(node.memory[node.rank], text, count * nbytes))
+        for connection in node.giving.values():
+            node.send(connection, _HELLO.pack(count, nbytes, len(text) if told else 0))
         for rank, connection in node.taking.items():
             count, nbytes, length = _HELLO.unpack(node.receive(connection, _HELLO.size))
             theirs[rank] = windows(rank, count, nbytes)
-            everyone[rank] = json.loads(os.pread(node.memory[rank], length, count * nbytes))
-        yield Together(node, assign(everyone), own, theirs, destination)
+            told = told and length > 0
+            everyone[rank] = json.loads(os.pread(node.memory[rank], length, count * nbytes) or "{}")
+        shares = assign(everyone) if told else ()
+        if shares:
+            reads = any(share.reader == node.rank for share in shares)
+            ready = not reads or _has_memory(node, lambda: own[0].memory(destination))
+            for connection in node.giving.values():
+                node.send(connection, _READY.pack(ready))
+            answers = [_READY.unpack(node.receive(other, _READY.size)) for other in node.taking.values()]
+            shares = shares if ready and all(other for (other,) in answers) else ()
+        yield Together(node, shares, own, theirs, destination)
+
+
+def _has_memory(node: Node, take: Callable[[], object]) -> bool:
+    """Whether `take` gets the memory that it shares. If not, the node's `shortage` says so."""
+    try:
+        take()
+    except OSError as error:
+        node.shortage = f"no memory to share with the other ranks of its node: {error.strerror}"
+    return not node.shortage
+
+
+def _write(descriptor: int, content: bytes, offset: int) -> None:
+    """All of it. OSError where there is no memory for it."""
+    os.posix_fallocate(descriptor, offset, len(content))
+    os.pwrite(descriptor, content, offset)
 
 
 def copy(source: memoryview, target: memoryview, nbytes: int) -> None:

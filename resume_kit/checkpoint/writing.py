@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from resume_kit.checkpoint.blocks import BLOCK_BYTES, FileDigest, spans
-from resume_kit.checkpoint.filesystems import mounted_as
+from resume_kit.checkpoint.filesystems import in_memory
 from resume_kit.checkpoint.pages import PAGE
 from resume_kit.errors import Problem, SaveFailed
 
@@ -35,7 +35,6 @@ def write_failed(path: Path, error: OSError, nbytes: int) -> SaveFailed:
 
 
 _PORTION = 1 << 20
-_IN_MEMORY = ("tmpfs ", "ramfs ")
 #: Threads a file: one hashes while another writes. More write hardly faster, and slow the training beside them.
 WRITERS = 2
 
@@ -195,7 +194,7 @@ def _reserve(descriptor: int, size: int) -> None:
 
 def _open_direct(path: Path) -> int | None:
     """A second descriptor that goes past the page cache, or None where there is no such way."""
-    if (mounted_as(path) or "").startswith(_IN_MEMORY):
+    if in_memory(path):
         return None  # from Linux 6.6 on it takes O_DIRECT, and copies all the same
     try:
         return os.open(path, os.O_WRONLY | os.O_DIRECT)

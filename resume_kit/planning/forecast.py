@@ -10,9 +10,9 @@ import numpy as np
 
 from resume_kit.algebra.boxes import Box
 from resume_kit.checkpoint import canonical
-from resume_kit.checkpoint.carrying import window_memory
 from resume_kit.checkpoint.index import RankIndex
 from resume_kit.checkpoint.manifest import Manifest, TensorEntry
+from resume_kit.checkpoint.pages import filled
 from resume_kit.checkpoint.sharing import MOST_READERS, MOST_WINDOWS
 from resume_kit.planning.layouts.geometry import Geometry
 from resume_kit.planning.layouts.layout import Layout
@@ -60,8 +60,8 @@ def forecast(manifest: Manifest, indices: Sequence[RankIndex], topology: Topolog
         stored = stored_table(indices, kind, dict(zip(table.names, table.shapes, strict=True)))
         plan += count_reads(stored, table, world_size, itemsize)
     block = max((min(index.data.block_bytes, index.data.size) for index in indices), default=0)
-    peaks = [window_memory(wanted, block, MOST_READERS + MOST_WINDOWS) for wanted in plan.wanted.tolist()]
-    return Forecast(plan, np.array(peaks, np.int64))
+    windows = MOST_READERS + (MOST_WINDOWS if world_size > 1 else 0)
+    return Forecast(plan, np.full(world_size, filled(block) * windows, np.int64))
 
 
 def _wanted(

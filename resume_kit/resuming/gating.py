@@ -73,6 +73,7 @@ def gate_problems(
                 problems.append(Problem("gate", name, f"{value!r}: not finite", "do not train on from this state"))
         elif not (value == value and agrees(value, expected[name], tolerance)):
             what = f"{value!r}, at the save {expected[name]!r} (tolerance {tolerance}: {reason})"
-            remedy = "the state is as saved, so the computation differs: model code, attention, kernels or flags"
+            causes = "model code, attention, kernels, flags or threads (OMP_NUM_THREADS)"
+            remedy = f"the state is as saved, so the computation differs: {causes}"
             problems.append(Problem("gate", name, what, remedy))
     return problems

@@ -6,7 +6,9 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
+from resume_kit.checkpoint.filesystems import in_memory
 from resume_kit.checkpoint.node import Meeting, NeighbourLost, Node
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.errors import RanksFailed
@@ -18,59 +20,73 @@ from resume_kit.resuming.report import Report
 CONNECTING = 10.0
 
 
-def read_with_neighbours(coordinator: Coordinator, report: Report, read: Callable[[Node | None], None]) -> None:
-    """A round in which each rank reads, given the node that it may read together with. Collective.
+def read_with_neighbours(
+    coordinator: Coordinator, report: Report, directory: Path, read: Callable[[Node | None], None]
+) -> None:
+    """A round in which each rank reads `directory`, given the node that it may read together with. Collective.
 
-    Ranks that cannot connect read alone, as the report says. An error of a rank ends the others' waits; they count as
-    failed only if none says what was wrong.
+    From a memory file system each rank reads alone, for that is faster; so do ranks that cannot connect, or have no
+    memory to share, as the report says. An error of a rank ends the others' waits; they count as failed only if none
+    says what was wrong.
     """
     with ExitStack() as held:
-        node = _meet(coordinator, report, held)
+        node = _meet(coordinator, report, directory, held)
 
-        def local() -> str:
+        def local() -> list[str]:
+            lost = ""
             try:
                 read(node)
-            except NeighbourLost as lost:
-                node.abort() if node else None
-                return str(lost)
-            except BaseException:
-                node.abort() if node else None
-                raise
-            return ""
+            except BaseException as error:
+                if node is not None:
+                    node.abort()
+                if not isinstance(error, NeighbourLost):
+                    raise
+                lost = str(error)
+            return [lost, node.shortage if node else ""]
 
-        coordinator.round("read", local, _all_read)
-
-
-def _all_read(lost: Sequence[str]) -> None:
-    if any(lost):
-        raise RanksFailed("read", [(rank, what) for rank, what in enumerate(lost) if what])
+        for rank, shortage in enumerate(coordinator.round("read", local, _all_read)):
+            if shortage:
+                report.warned("load", "reading together", f"rank {rank}'s node read each by itself; it has {shortage}")
 
 
-def _meet(coordinator: Coordinator, report: Report, held: ExitStack) -> Node | None:
-    """This rank's node, once all of it are connected; it ends with `held`. None for a rank that reads alone."""
+def _all_read(told: Sequence[Sequence[str]]) -> list[str]:
+    """Each rank's shortage. Raises `RanksFailed` if one was lost by others."""
+    if any(lost for lost, _ in told):
+        raise RanksFailed("read", [(rank, lost) for rank, (lost, _) in enumerate(told) if lost])
+    return [shortage for _, shortage in told]
+
+
+def _meet(coordinator: Coordinator, report: Report, directory: Path, held: ExitStack) -> Node | None:
+    """This rank's node, once all of it are connected; it ends with `held`. None for a rank that reads alone.
+
+    A node meets where each of its ranks tells a name, which one that sees the directory in memory does not.
+    """
     if coordinator.world_size == 1:
         return None
     with ExitStack() as until_met:
         meeting, failure, node = None, "", None
-        try:
-            meeting = until_met.enter_context(Meeting())
-        except OSError as error:
-            failure = f"it cannot be met: {error}"
-        told = coordinator.gather("meet", lambda: [_place(), meeting.name if meeting else ""])
-        nodes: dict[str, dict[int, str]] = defaultdict(dict)
-        for rank, (place, name) in enumerate(told):
-            nodes[place][rank] = name
-        if all(len(ranks) == 1 for ranks in nodes.values()):
-            return None
-        others = {r: name for r, name in nodes[told[coordinator.rank][0]].items() if r != coordinator.rank}
-        if meeting and others and all(others.values()):
+        if not in_memory(directory):
             try:
-                # half of the round's bound: a rank that hangs is named by the round, in time for all
-                node = meeting.connect(coordinator.rank, others, within=CONNECTING, timeout=coordinator.timeout / 2)
-                held.enter_context(node)
+                meeting = until_met.enter_context(Meeting())
             except OSError as error:
-                failure = str(error) or type(error).__name__
-        failures = coordinator.gather("met", lambda: failure)
+                failure = f"it cannot be met: {error}"
+        told = coordinator.gather("meet", lambda: [_place(), meeting.name if meeting else "", failure])
+        failures = [failed for *_, failed in told]
+        nodes: dict[str, dict[int, str]] = defaultdict(dict)
+        for rank, (place, name, _) in enumerate(told):
+            nodes[place][rank] = name
+        meet = {place for place, ranks in nodes.items() if len(ranks) > 1 and all(ranks.values())}
+        if meet:
+            place = told[coordinator.rank][0]
+            others = {rank: name for rank, name in nodes[place].items() if rank != coordinator.rank}
+            if meeting and place in meet:
+                try:
+                    # half of the round's bound: a rank that hangs is named by the round, in time for all
+                    node = meeting.connect(coordinator.rank, others, within=CONNECTING, timeout=coordinator.timeout / 2)
+                    held.enter_context(node)
+                except OSError as error:
+                    failure = str(error) or type(error).__name__
+            failures = coordinator.gather("met", lambda: failure)
     for ranks in nodes.values():
         wrong = [f"rank {rank}: {failures[rank]}" for rank in ranks if failures[rank]]
         if wrong and len(ranks) > 1:

@@ -176,7 +176,7 @@ class Resumer:
                         found.append(self._streams(manifest, policy, read))
                         carried.extend(carried_along(manifest, dict(self._live.topology), rank, read))
                         problems += found[0].problems
-                        memory += check_memory(orders[0], rank)
+                        memory += check_memory(directory, orders[0], rank)
                         problems += schedule_problems(manifest, self._live, self._adapter, policy, judgement)
                     except CheckpointDamaged as damage:
                         damaged += damage.problems
@@ -215,7 +215,7 @@ class Resumer:
 
         accounts: list[ReadAccount] = []
         with report.timed("load"):
-            read_with_neighbours(coordinator, report, read_tensors)
+            read_with_neighbours(coordinator, report, directory, read_tensors)
         return _Examined(directory, manifest, policy, judgement, orders[0], accounts[0], found[0], tuple(carried))
 
     def _streams(self, manifest: Manifest, policy: Policy, read: Callable[[int], RankIndex]) -> Streams:

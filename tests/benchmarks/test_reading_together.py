@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from benchmarks import reading_together
 from benchmarks.reading_together import measure
 
 
@@ -17,3 +20,9 @@ def test_ways_and_bytes(tmp_path: Path) -> None:
     alone, together = (sum(n[2] for n in found["bytes"][f"column slices, {way}"]) for way in ("alone", "together"))
     assert alone < size // 2 < size <= together
     assert not list(tmp_path.iterdir())
+
+
+def test_the_way_of_the_kit_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for memory, way in ((True, "alone"), (False, "together")):
+        monkeypatch.setattr(reading_together, "in_memory", lambda work, memory=memory: memory and work == tmp_path)
+        assert measure(tmp_path, 48, 2, 1)["kit"] == f"column slices, {way}"

@@ -14,7 +14,7 @@ import pytest
 
 from resume_kit.checkpoint import readplan
 from resume_kit.checkpoint.blocks import digest_image
-from resume_kit.checkpoint.carrying import ReadAccount, carry_out, reader_count, window_memory
+from resume_kit.checkpoint.carrying import ReadAccount, carry_out, reader_count
 from resume_kit.checkpoint.destination import HostMemory, Lane
 from resume_kit.checkpoint.readplan import ReadPlan, Source, Window, plan_reads
 from resume_kit.checkpoint.transfers import Transfer
@@ -227,10 +227,3 @@ def test_small_readings_start_no_more_threads_than_they_have_windows() -> None:
     plan, _ = wanted((0, 100))
     assert plan.window_bytes == 64 and [reader_count(plan, most) for most in (1, 2, 8)] == [1, 2, 2]
     assert reader_count(plan_reads([]), 8) == 1
-
-
-def test_memory_for_windows_grows_with_what_is_wanted_up_to_a_window_a_thread() -> None:
-    block = 16 << 20
-    sizes = [window_memory(wanted, block, 8) for wanted in (0, 1, block, block + 1, 8 * block, 1 << 40)]
-    assert sizes == [0, block, block, 2 * block, 8 * block, 8 * block]
-    assert window_memory(0, 0, 8) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -9,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import pytest
 
 from resume_kit.checkpoint import assignment, readplan
 from resume_kit.checkpoint.assignment import needs_of
-from resume_kit.checkpoint.blocks import digest_image
+from resume_kit.checkpoint.blocks import BLOCK_BYTES, digest_image
 from resume_kit.checkpoint.carrying import ReadAccount, carry_out
 from resume_kit.checkpoint.datafile import DataFile
 from resume_kit.checkpoint.destination import HostMemory
@@ -51,6 +53,8 @@ class Outcome:
     error: str = ""
     text: str = ""
     seconds: float = 0.0
+    shortage: str = ""
+    windows: list[int] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
 
 
@@ -106,6 +110,7 @@ def read(node: Node, folder: Path, wanted: Sequence[Wanted], *, readers: int = 2
         node.abort()
         outcome.error, outcome.text = type(error).__name__, str(error)
     outcome.seconds = time.monotonic() - began
+    outcome.shortage = node.shortage
     outcome.buffers = [bytes(buffer) for buffer in buffers]
     return outcome
 
@@ -134,17 +139,42 @@ def rank_reads(
         give(self, *args)
 
     DataFile.read_block, Together.give = noting, give_or_die  # type: ignore[method-assign]
-    with connected(Path(folder), rank, world_size) as node:
+    short = fault if rank == world_size - 1 else ""
+    with short_of_memory(short), connected(Path(folder), rank, world_size) as node:
         if fault == "failed before" and rank == world_size - 1:
             node.abort()
             return Outcome(error="before")
         outcome = read(node, Path(folder), wanted[rank])
         outcome.whole = whole
+        outcome.windows = sorted({window for window, *_ in given})
         (Path(folder) / f"{rank}.done").touch()
-        while fault in ("", "damaged") and len([*Path(folder).glob("*.done")]) < world_size:
+        while fault in ("", "damaged", *SHORT) and len([*Path(folder).glob("*.done")]) < world_size:
             time.sleep(0.002)  # connections last until all have ended, as in a run
     outcome.left = traces()
     return outcome
+
+
+#: What a rank may have no memory for.
+SHORT = ("its needs", "its first window", "its second window")
+
+
+@contextmanager
+def short_of_memory(fault: str) -> Iterator[None]:
+    """This process as one that has no memory for what `fault` names of `SHORT`."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if fault == "its needs":  # no file, and no such memory, may be larger
+        resource.setrlimit(resource.RLIMIT_FSIZE, (BLOCK, limits[1]))
+    posix_fallocate, first = os.posix_fallocate, {"its first window": 0, "its second window": BLOCK}.get(fault)
+
+    def allocate(descriptor: int, offset: int, nbytes: int) -> None:
+        if nbytes == BLOCK and offset == first:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        posix_fallocate(descriptor, offset, nbytes)
+
+    os.posix_fallocate = allocate
+    yield
+    os.posix_fallocate = posix_fallocate
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def columns(parts: int, part: int, files: int) -> list[Wanted]:
@@ -307,6 +337,46 @@ def test_a_rank_that_reads_for_another_first_is_not_taken_for_one_that_stands_st
     assert [outcome.text for outcome in outcomes] == [""] * 3
     assert [len(outcome.buffers) for outcome in outcomes] == [2, 1, 1]
     assert outcomes[2].buffers[0] == contents[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"), [("its needs", "File too large"), ("its first window", "No space left on device")]
+)
+def test_a_node_of_which_a_rank_has_no_memory_to_share_reads_each_by_itself(
+    fault: str, why: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    count, wanted = CASES["TP2 to TP4"]
+    contents = files(tmp_path, count)
+    outcomes: list[Outcome] = ranks.run(rank_reads, 4, str(tmp_path), wanted, fault, timeout=60)
+    for outcome, ((file, top, bottom, left, right),) in zip(outcomes, wanted, strict=True):
+        assert outcome.error == "" and outcome.left == [] and outcome.windows == []
+        assert outcome.buffers == [contents[file][top:bottom, left:right].tobytes()]
+        assert outcome.account and outcome.account.read_bytes <= 1.05 * outcome.account.wanted_bytes
+        assert outcome.account.unverified  # as where each rank reads by itself
+    assert [outcome.shortage for outcome in outcomes[:3]] == [""] * 3
+    assert outcomes[3].shortage == f"no memory to share with the other ranks of its node: {why}"
+
+
+def test_a_rank_without_memory_for_more_windows_goes_on_with_those_it_has(ranks: Ranks, tmp_path: Path) -> None:
+    count, wanted = CASES["TP1 to TP2"]
+    contents = files(tmp_path, count)
+    outcomes: list[Outcome] = ranks.run(rank_reads, 2, str(tmp_path), wanted, "its second window", timeout=60)
+    for part, outcome in enumerate(outcomes):
+        assert outcome.error == outcome.shortage == "" and outcome.left == []
+        assert outcome.buffers == [contents[0][:, part * ROW // 2 : (part + 1) * ROW // 2].tobytes()]
+        assert outcome.account and outcome.account.read_bytes == outcome.account.verified_bytes
+    assert outcomes[1].windows == [0] and len(outcomes[1].whole) > 3
+
+
+def test_the_window_that_was_reserved_before_all_reading_is_the_first_to_be_used() -> None:
+    needs = {"file": [(block, BLOCK_BYTES, BLOCK_BYTES // 2) for block in range(8)]}
+
+    def work(node: Node) -> tuple[int, int]:
+        with read_together(node, needs, BLOCK_BYTES, HostMemory([])) as together:
+            number, _ = together.window()
+            return number, os.fstat(node.memory[node.rank]).st_blocks * 512
+
+    assert in_threads(2, work) == [(0, BLOCK_BYTES + PAGE)] * 2  # with the page of what a rank wants
 
 
 def refuses(rank: int, world_size: int, folder: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from resume_kit.checkpoint import blocks, writing
+from resume_kit.checkpoint import blocks, filesystems, writing
 from resume_kit.checkpoint.blocks import digest_image
 from resume_kit.checkpoint.writing import ImageFile
 from resume_kit.errors import SaveFailed
@@ -189,7 +189,7 @@ def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("mount", ["tmpfs tmpfs", "ramfs none"])
 def test_a_memory_file_system_gets_portions(mount: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "mounted_as", lambda path: mount)
+    monkeypatch.setattr(filesystems, "mounted_as", lambda *_: mount)
     monkeypatch.setattr(writing, "_PORTION", 1000)
     pwrite, sizes = os.pwrite, []
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from resume_kit.checkpoint import assignment, names
+from resume_kit.resuming import neighbours
 from tests.checkpoints import flip
 from tests.conftest import Ranks
 from tests.resharding.stays import Stay, stay
@@ -16,8 +17,9 @@ from tests.resharding.trips import AnyJob, megatron
 
 
 def stay_together(rank: int, world_size: int, job: AnyJob, least: int, *given: Any) -> Stay:
-    """`tests.resharding.stays.stay`, where little is worth sharing too."""
+    """`tests.resharding.stays.stay`, where little is worth sharing too, on any file system."""
     assignment.LEAST_SHARED = least
+    neighbours.in_memory = lambda *_: False  # type: ignore[attr-defined]
     return stay(rank, world_size, job, *given)
 
 

@@ -18,7 +18,6 @@ from resume_kit.checkpoint.layout import plan_file
 from resume_kit.checkpoint.records import TensorKey, TensorSpec
 from resume_kit.errors import CheckpointDamaged
 from resume_kit.planning.reads import StoredPieces
-from resume_kit.resuming import preflight
 from resume_kit.resuming.preflight import ReadOrder
 from resume_kit.resuming.reading import read_into, verify_unread
 from resume_kit.resuming.wanted import Want
@@ -253,22 +252,6 @@ def test_live_memory_of_another_size_is_refused_before_anything_is_written(tmp_p
     with pytest.raises(ValueError, match=r"exp_avg/w \[.*\] is live with 3,072 bytes, not 6,144"):
         read_into(tmp_path, order, {(first.spec.key, first.box): [good], (second.spec.key, second.box): [short]})
     assert not good.any()
-
-
-def test_memory_for_the_windows_of_all_ranks_of_a_host_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved = tensors()
-    order = order_of(save(tmp_path, saved, 2, BLOCK), columns_of(saved, 2, 1))
-    monkeypatch.setattr("os.cpu_count", lambda: 24)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # 4 threads a rank, and 3 windows that the others see
-    needed = 8 * (4 + 3) * BLOCK
-    for available, expected in ((needed, 0), (needed - 1, 1), (None, 0)):
-        monkeypatch.setattr(preflight, "available_memory", lambda available=available: available)
-        problems = preflight.check_memory(order, 5)
-        assert len(problems) == expected
-        for problem in problems:
-            assert problem.where == "rank 5" and f"needs {needed:,} bytes of memory" in problem.what
 
 
 def resident(field: str) -> int:
