@@ -11,6 +11,7 @@ from benchmarks.suite.results import Row
 from benchmarks.suite.timing import Clock, SystemFailed
 from benchmarks.suite.workloads import Workload
 from resume_kit import ResumeKit
+from resume_kit.cli.main import main  # rich draws from Python's RNG at its first import: before a kit watches that
 
 
 def fingerprint_rate(workload: Workload, clock: Clock, row: Row, repeats: int) -> None:
@@ -51,8 +52,6 @@ def gate_time(kit: ResumeKit, clock: Clock, row: Row, repeats: int) -> None:
 
 def planning_time(checkpoint: Callable[[], Path], target: str, clock: Clock, row: Row, repeats: int) -> None:
     """`resume-kit plan CHECKPOINT --target …`, in this process, without imports, on rank 0."""
-    from resume_kit.cli.main import main
-
     codes: list[int] = []
 
     def plan() -> None:

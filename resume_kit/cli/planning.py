@@ -35,13 +35,18 @@ from resume_kit.integrity.verify import MALFORMED
 from resume_kit.planning.forecast import Forecast, forecast, model_geometry
 from resume_kit.planning.holders import format_ranks
 from resume_kit.planning.layouts.target import ModelSizes, Target, batch_problems, parse_target, target_problems
-from resume_kit.planning.layouts.topology import ZeroTopology
+from resume_kit.planning.layouts.topology import MegatronTopology, ZeroTopology
 from resume_kit.policy.judgement import Judgement, RunFacts, judge
 from resume_kit.policy.policy import PRESETS, Policy
 
 #: Ranks that the text shows one by one before it shows the first ones and a summary.
 _SHOWN = 8
 _DEFAULT = "flexible"
+#: Settings of the engine that its topology says too.
+_SAID_TWICE = {
+    "deepspeed.zero_optimization.stage",
+    *(f"parallel.{name}" for name in MegatronTopology().to_settings().keys() - {"overlap_grad_reduce", "bucket_size"}),
+}
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,9 @@ def execute(arguments: argparse.Namespace) -> Outcome:
 
 
 def _plan(directory: Path, manifest: Manifest, text: str, policy: Policy) -> Plan:
-    target = parse_target(text, manifest.engine)
-    damage = find_problems(directory)
     saved = RunFacts.of_manifest(manifest)
+    target = parse_target(text, {**manifest.engine, **_buckets(saved)})
+    damage = find_problems(directory)
     judgement = judge(saved, _live(saved, target), policy)
     same_engine = target.topology.to_engine()["engine"] == manifest.engine.get("engine")
     misfits = _misfits(manifest, target) if same_engine else []
@@ -101,6 +106,16 @@ def _plan(directory: Path, manifest: Manifest, text: str, policy: Policy) -> Pla
     if not misfits and policy.global_batch == "equal":
         misfits += _batch(target, saved.data.get("global_batch_size"))
     return Plan(target, judgement, (*damage, *lacking, *misfits, *judgement.refusals), reads)
+
+
+def _buckets(saved: RunFacts) -> dict[str, Any]:
+    """How a Megatron run cut its gradient buffer, which its topology does not say; what nobody chose is left out."""
+    settings = mapping(saved.pinned.get("parallel"))
+    if settings.get("overlap_grad_reduce") is not True:
+        return {}
+    size, without = settings.get("bucket_size"), MegatronTopology.from_engine({**saved.topology, "overlap": True})
+    chosen = isinstance(size, int) and size != without.bucket_limit
+    return {"overlap": True, **({"bucket_size": size} if chosen else {})}
 
 
 def _batch(target: Target, global_batch: object) -> list[Problem]:
@@ -137,6 +152,8 @@ def _live(saved: RunFacts, target: Target) -> RunFacts:
     if isinstance(target.topology, ZeroTopology) and isinstance(deepspeed, dict):
         _put(deepspeed.get("zero_optimization"), {"stage": target.topology.stage})
         _put(deepspeed, {**batch, "train_micro_batch_size_per_gpu": target.micro_batch})
+    if isinstance(target.topology, MegatronTopology) and isinstance(settings := pinned.get("parallel"), dict):
+        settings.update({key: value for key, value in target.topology.to_settings().items() if key in settings})
     _put(config, batch)
     data = dict(saved.data)
     if target.micro_batch is not None and target.accumulation is not None:
@@ -205,14 +222,26 @@ def _text(directory: Path, manifest: Manifest, plan: Plan, policy: str) -> Itera
     yield facts(_summary(manifest, plan, policy))
     if plan.judgement.changes:
         yield heading("what would change")
-        rows = [(change.path, change.before, change.after, change.action) for change in plan.judgement.changes]
-        yield table(("what", "before", "after", "what is done"), rows)
+        yield table(("what", "before", "after", "what is done"), [*_changes(manifest, plan)])
     if plan.judgement.warnings:
         yield heading("warnings")
         yield problem_block(plan.judgement.warnings)
     if plan.forecast is not None:
         yield heading("reads")
         yield _read_table(plan.forecast)
+
+
+def _changes(manifest: Manifest, plan: Plan) -> Iterator[tuple[object, ...]]:
+    """What would change: all sizes of the topology in one row, and not again where the engine's settings say them."""
+    saved, target = manifest.engine, plan.target.topology.to_engine()
+    sizes = {key for key, value in target.items() if isinstance(value, int) and not isinstance(value, bool)}
+    moved = [change for change in plan.judgement.changes if change.path in sizes]
+    if moved:
+        shown = [{key: value for key, value in one.items() if key in {"engine", *sizes}} for one in (saved, target)]
+        yield "topology", *(f"{engine_text(one)}, {one.get('world_size')} ranks" for one in shown), moved[0].action
+    for change in plan.judgement.changes:
+        if change not in moved and change.path not in _SAID_TWICE:
+            yield change.path, change.before, change.after, change.action
 
 
 def _summary(manifest: Manifest, plan: Plan, policy: str) -> Iterator[tuple[str, object]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,37 +17,54 @@ from resume_kit.errors import CheckpointDamaged, Problem
 #: Bytes at the journal's end that tell of the newest attempt.
 _TAIL = 1 << 18
 
+_IS_STEP = b'{"event":"step",'
+#: A step's line, whole, as the journal writes it: attempt, time and step, then its figures.
+_STEP = re.compile(_IS_STEP + rb'"attempt":(\d+),"time":(\d+\.\d+),"step":(\d+),[^{}\n]*\}\n')
+
 
 @dataclass
 class JournalLines:
     """Iterates over a run's events, oldest first, each with `event`, `attempt` (int) and `time` (Unix seconds).
 
-    only: kinds of events that are wanted, and `start`; all others are passed over unread, which takes a fifth of the
-    time. What a crash tore and what others wrote is passed over. So are stale lines, those that an attempt wrote after
-    the start of a newer one. `stale` counts them, of the kinds that are wanted; and, where all are, `unreadable` the
-    lines that are no JSON, besides those that a crash may cut off: each attempt's last.
+    only: kinds of events that are wanted, and `start`; all others are passed over unread.
+    steps_after: steps up to this one are passed over too. figures: without, of a step only attempt, time and number are
+    read, which takes half the time.
+
+    What a crash tore and what others wrote is passed over. So are stale lines, those that an attempt wrote after the
+    start of a newer one. `stale` counts them, of the kinds that are wanted; and, where all are, `unreadable` the lines
+    that are no JSON, besides those that a crash may cut off: each attempt's last.
     Raises `CheckpointDamaged` when the file cannot be read.
     """
 
     run: Path
     only: Collection[str] | None = None
+    steps_after: int = -1
+    figures: bool = True
     stale: int = field(default=0, init=False)
     unreadable: int = field(default=0, init=False)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.stale, self.unreadable, newest, torn = 0, 0, 0, False
         wanted = None if self.only is None else [f'"{kind}"'.encode() for kind in ("start", *self.only)]
+        steps = self.only is None or "step" in self.only
+        record: Any
         for line in _lines(self.run):
-            if wanted is not None and not any(kind in line for kind in wanted):
+            if line.startswith(_IS_STEP):
+                record = self._step(line) if steps else None
+                if record is None:
+                    continue
+            elif wanted is not None and not any(kind in line for kind in wanted):
                 continue
-            record = _parsed(line)
+            else:
+                record = _parsed(line)
             if record is _TORN:
                 self.unreadable += torn
                 torn = True
             if record is _TORN or line == b"\n":
                 continue
-            self.unreadable += torn and not (isinstance(record, dict) and record.get("event") == "start")
-            torn = False
+            if torn:
+                self.unreadable += not (isinstance(record, dict) and record.get("event") == "start")
+                torn = False
             if not _is_event(record):
                 continue
             if record["event"] == "start":
@@ -55,6 +73,17 @@ class JournalLines:
                 self.stale += 1
             elif self.only is None or record["event"] in self.only:
                 yield record
+
+    def _step(self, line: bytes) -> Any:
+        """What the line of a step says, as far as it is wanted; None where it is not."""
+        if (self.figures and self.steps_after < 0) or not (found := _STEP.fullmatch(line)):
+            return _parsed(line)
+        attempt, when, step = found.groups()
+        if int(step) <= self.steps_after:
+            return None
+        if self.figures:
+            return _parsed(line)
+        return {"event": "step", "attempt": int(attempt), "time": float(when), "step": int(step)}
 
 
 def last_number(run: Path) -> int:

@@ -8,10 +8,9 @@ Computer Systems 22(3), 2006, the higher order (equation 37) and the full model 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from resume_kit.recovery.account import failures_in_gpu_hours
-from resume_kit.recovery.history import Past, history
+from resume_kit.recovery.history import Past
 
 #: GPU-hours between unexpected interruptions: 419 in 54 days on 16,384 GPUs (The Llama 3 Herd of Models, 2024).
 PRIOR_GPU_HOURS = 16_384 * 54 * 24 / 419
@@ -51,18 +50,13 @@ def expected_loss(
     return 1.0 - interval_seconds / (mtbf_seconds * math.exp(restart) * math.expm1(segment))
 
 
-def mtbf(run: Path, world_size: int) -> float:
+def blended_mtbf(pasts: list[Past], world_size: int) -> float:
     """Seconds between failures to expect of `world_size` ranks: the run's own record, blended with a prior.
 
     The prior counts as one failure in `PRIOR_GPU_HOURS`; ends that were planned (finished, preempted, refused) as
     none. A machine that fails far more often than the prior has it would be believed only after weeks, so the run's own
-    failures, less one, count as they are where that is more. Reads the whole journal: ask once an attempt.
+    failures, less one, count as they are where that is more.
     """
-    return blended_mtbf(history(run), world_size)
-
-
-def blended_mtbf(pasts: list[Past], world_size: int) -> float:
-    """`mtbf` of a history that has been read."""
     _require(world_size > 0, world_size=world_size)
     failures, gpu_hours = failures_in_gpu_hours(pasts)
     an_hour = (1 + failures) / (PRIOR_GPU_HOURS + gpu_hours)

@@ -90,17 +90,19 @@ def _from(story: Story) -> str:
     return f"from the checkpoint of step {story.newest_checkpoint}"
 
 
-def require_hope(run: Path, give_up_after: int | None = None) -> None:
-    """Raise `GivenUp`, with a diagnosis, when the last attempts all failed at the same step.
+def require_hope(run: Path, give_up_after: int | None = None) -> Story:
+    """The run's story; raises `GivenUp`, with a diagnosis, when the last attempts all failed at the same step.
 
     Nothing is said of a run whose newest attempt is still alive: whoever wants to start it is told so elsewhere.
     Raises `UsageError` for a `give_up_after` below 1.
     """
     if give_up_after is not None and give_up_after < 1:
         raise UsageError(f"give_up_after is {give_up_after}; it must be at least 1")
-    hopeless = given_up(read_story(run, alive=False), give_up_after)
+    story = read_story(run, alive=False)
+    hopeless = given_up(story, give_up_after)
     if hopeless and not is_alive(run):
         raise hopeless
+    return story
 
 
 def pardon(run: Path) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from resume_kit.engines.coordination import Coordinator
 from resume_kit.errors import Fenced
-from resume_kit.recovery import intervals
 from resume_kit.recovery.exits import Exit
 from resume_kit.run.attempt import Attempt
 from resume_kit.run.guards import Guards
@@ -17,7 +16,7 @@ from resume_kit.run.stopping import Agreed, Deadline, Preempted, Stop, Wish, agr
 
 
 class Boundary:
-    """`every`: when to save. `mtbf_hours`: between failures of this job, for "auto"; None takes the record's.
+    """`every`: when to save. `mtbf`: seconds between failures to expect of this job, for "auto".
 
     Every rank calls `wish`, exchanges it, and calls `passed` with what was agreed.
     """
@@ -31,14 +30,14 @@ class Boundary:
         *,
         every: Every | None,
         deadline: Deadline | None,
-        mtbf_hours: float | None,
+        mtbf: float,
         show: Callable[[str], None],
     ) -> None:
         self._attempt, self._coordinator, self._saves, self._guards = attempt, coordinator, saves, guards
         self._first = coordinator.rank == 0
         self._show = show
         self._deadline = deadline if self._first else None
-        self._mtbf_hours = mtbf_hours
+        self._mtbf = mtbf
         self._schedule = Schedule(every, self._say)
         self._pace = Pace()
         self._last = saves.last
@@ -49,7 +48,7 @@ class Boundary:
         if self._guards.signals.note:
             self._say(f"warning: {self._guards.signals.note}")
         self._guards.reached(step)
-        self._schedule.start(step, self._expected_mtbf() if self._schedule.auto else None)
+        self._schedule.start(step, self._mtbf if self._schedule.auto else None)
         wishes = self._coordinator.gather("stop", self._reasons)
         agreed = agree([Wish(Stop(int(stop)), age) for stop, age in wishes])
         if agreed.stop:
@@ -102,12 +101,6 @@ class Boundary:
         stop = Preempted(step, by)
         self._guards.over(stop.status)
         raise stop
-
-    def _expected_mtbf(self) -> float:
-        if self._mtbf_hours is not None:
-            return self._mtbf_hours * 3600
-        run, world_size = self._attempt.run, self._coordinator.world_size
-        return self._coordinator.on_rank_zero("failures to expect", lambda: intervals.mtbf(run, world_size))
 
     def _require(self) -> None:
         if self._attempt.token is not None:

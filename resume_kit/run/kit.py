@@ -21,6 +21,7 @@ from resume_kit.errors import CheckpointDamaged, Problem, ResumeKitError, Unread
 from resume_kit.policy.judgement import Judgement
 from resume_kit.policy.policy import Policy
 from resume_kit.recovery.events import JournalLines
+from resume_kit.recovery.intervals import blended_mtbf
 from resume_kit.recovery.rules import require_hope
 from resume_kit.resuming.audit import Lineage, ReplayAudit, recorded_steps
 from resume_kit.resuming.gating import choose_tolerance
@@ -130,7 +131,10 @@ class ResumeKit:
             lambda: self._facts.digests({**given, "state=": states_of(self._user_state)}),
             one_run,
         )
-        self._coordinator.on_rank_zero("earlier attempts", lambda: require_hope(Path(run_dir), give_up_after))
+        ranks = self._coordinator.world_size
+        mtbf = self._coordinator.on_rank_zero(
+            "earlier attempts", lambda: blended_mtbf(require_hope(Path(run_dir), give_up_after).pasts, ranks)
+        )
         self._attempt = Attempt(Path(run_dir), self._coordinator, take_over=take_over, give_up_after=give_up_after)
         self._guards = Guards(self._attempt, self._coordinator, hang_after)
         self._attempt.start(
@@ -171,7 +175,7 @@ class ResumeKit:
             self._guards,
             every=every,
             deadline=ends,
-            mtbf_hours=mtbf_hours,
+            mtbf=mtbf if mtbf_hours is None else mtbf_hours * 3600,
             show=show,
         )
         self._seconds = {"before_kit": began - process_started(), "opening": time.time() - began}
@@ -371,6 +375,6 @@ class ResumeKit:
 
 def _recorded(run: Path, step: int, lineage: Lineage) -> tuple[list[dict[str, Any]], int]:
     """What is recorded of the steps after `step`, and how many lines cannot be read: in one pass."""
-    lines = JournalLines(run)
+    lines = JournalLines(run, steps_after=step)
     recorded = recorded_steps(lines, step, lineage)
     return [{name: number(value) for name, value in event.items()} for event in recorded], lines.unreadable

@@ -1,4 +1,4 @@
-"""What saving costs a step, where steps and saves take times that the test knows: a fake clock, and no process group."""
+"""What saving costs a step, where the test knows the times of steps and saves: a fake clock, no process group."""
 
 from __future__ import annotations
 

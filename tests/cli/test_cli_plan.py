@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,52 @@ def test_megatron_elsewhere(cli: Cli, megatron: Path) -> None:
         held = sum(piece.box.numel for piece in layout.held(rank)) * 2 * 4
         router_bias = 4 * 4 if rank >= 2 else 0  # layer 1, in chunks of one layer, is the second stage's
         assert row["bytes"] == held + router_bias
+
+
+def test_what_would_change_is_said_in_one_row(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    before = MegatronTopology(world_size=8, tensor_parallel=2, pipeline_parallel=2)
+    megatron = megatron_checkpoint.commit(
+        tmp_path / "megatron", replace(MIXTURE, experts=0).geometry, before, parallel=before.to_settings()
+    )
+    target = ("--target", "world=4,tp=1,distributed_optimizer=off")
+    text = cli("plan", megatron, *target).out.partition("what would change")[2].partition("\nreads\n")[0]
+    (row,) = (line.split("  ") for line in text.splitlines() if line.startswith("topology"))
+    assert [part.strip() for part in row if part][:3] == [
+        "topology",
+        "megatron, TP2 PP2 DP2 ETP2, 8 ranks",
+        "megatron, TP1 PP2 DP2, 4 ranks",
+    ]
+    assert [line.split()[0] for line in text.strip().splitlines()[2:]] == ["topology", "distributed_optimizer", "rng"]
+    changes = cli("plan", megatron, *target, "--json").json["changes"]
+    assert {"world_size", "tensor_parallel", "parallel.tensor_model_parallel_size"} <= {c["path"] for c in changes}
+    text = cli("plan", checkpoint, "--target", "stage=1,world=4").out
+    assert "deepspeed, zero_stage 3, 2 ranks" in text.partition("what would change")[2]
+
+
+def test_overlap_is_judged_and_stays_as_it_was(cli: Cli, tmp_path: Path) -> None:
+    """As the job itself would: the engine pins it, its topology does not say it."""
+    topology = MegatronTopology(world_size=4, overlap=True, bucket_size=500)
+    pinned = {"parallel": topology.to_settings()}
+    path = megatron_checkpoint.commit(tmp_path / "run", MIXTURE.geometry, topology, **pinned)
+    same = cli("plan", path, "--target", "world=4", "--policy", "strict", "--json")
+    assert same.code == 0 and same.json["changes"] == []
+    assert [row["bytes"] for row in same.json["reads"]["ranks"]] == [
+        row["bytes"]
+        for row in cli("plan", path, "--target", "world=4,overlap=on,bucket_size=500", "--json").json["reads"]["ranks"]
+    ]
+    off = cli("plan", path, "--target", "world=4,overlap=off", "--policy", "strict", "--json")
+    assert off.code == 1
+    assert {p["where"] for p in off.json["problems"]} == {"parallel.overlap_grad_reduce", "parallel.bucket_size"}
+    assert off.json["reads"]["ranks"] != same.json["reads"]["ranks"], "other buckets, other owners"
+
+
+def test_a_bucket_size_that_nobody_chose_grows_with_the_ranks(cli: Cli, tmp_path: Path) -> None:
+    topology = MegatronTopology(world_size=4, overlap=True)
+    path = megatron_checkpoint.commit(tmp_path / "run", MIXTURE.geometry, topology, parallel=topology.to_settings())
+    resign(path / "manifest.json", lambda document: document["data"].update(global_batch_size=64))
+    changes = cli("plan", path, "--target", "world=64", "--json").json["changes"]
+    sizes = {c["path"]: (c["before"], c["after"]) for c in changes}
+    assert sizes["parallel.bucket_size"] == (40_000_000, 64_000_000)
 
 
 def test_a_target_that_does_not_fit_is_refused_with_every_reason(cli: Cli, megatron: Path) -> None:

@@ -94,3 +94,13 @@ def test_megatron(case: str, live_megatron: dict[str, list[dict[str, Any]]]) -> 
     holdings[3] = holdings[3][1:]
     with pytest.raises(AssertionError, match="rank 3"):
         assert_predicted_is_live(megatron_layout(geometry, topology), holdings)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_settings_are_what_megatron_calls_them(case: str, live_megatron: dict[str, list[dict[str, Any]]]) -> None:
+    parallel, _ = CASES[case]
+    (described, *_), told = (rank["description"] for rank in live_megatron[case]), live_megatron[case][0]["topology"]
+    hidden = {"overlap": parallel.get("overlap_grad_reduce", False), "bucket_size": parallel.get("bucket_size")}
+    settings = replace(MegatronTopology.from_engine(told), **hidden).to_settings()
+    pinned = described["pinned"]["parallel"]
+    assert settings == {name: pinned[name] for name in settings}

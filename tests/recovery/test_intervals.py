@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from resume_kit.recovery.intervals import PRIOR_GPU_HOURS, best_interval, expected_loss, mtbf
+from resume_kit.recovery.history import history
+from resume_kit.recovery.intervals import PRIOR_GPU_HOURS, best_interval, blended_mtbf, expected_loss
 from tests.recovery.runs import attempt
 
 
@@ -69,14 +70,14 @@ def test_what_makes_no_sense_is_refused(arguments: tuple[float, float]) -> None:
 
 def test_the_prior_is_that_of_llama_3() -> None:
     assert round(PRIOR_GPU_HOURS) == 50_677
-    assert mtbf(Path("/nowhere"), 16_384) == pytest.approx(54 * 86400 / 419)
+    assert blended_mtbf([], 16_384) == pytest.approx(54 * 86400 / 419)
 
 
 def test_one_failure_is_weighed_against_the_prior(tmp_path: Path) -> None:
     written = attempt(tmp_path, 1)
     written.time += 3600
     written.words(0, "RuntimeError: x")
-    assert mtbf(tmp_path, 4) == pytest.approx((PRIOR_GPU_HOURS + 4) / (1 + 1) / 4 * 3600)
+    assert blended_mtbf(history(tmp_path), 4) == pytest.approx((PRIOR_GPU_HOURS + 4) / (1 + 1) / 4 * 3600)
 
 
 def test_a_run_that_fails_often_expects_more_failures(tmp_path: Path) -> None:
@@ -89,5 +90,7 @@ def test_a_run_that_fails_often_expects_more_failures(tmp_path: Path) -> None:
     preempted.time += 7200
     preempted.ended("preempted", "SIGTERM")
     hours = 3 * 4 + 8
-    assert mtbf(tmp_path, 4) == pytest.approx(hours / (3 - 1) / 4 * 3600), "not the prior's twelve thousand hours"
-    assert mtbf(tmp_path, 8) == pytest.approx(mtbf(tmp_path, 4) / 2)
+    assert blended_mtbf(history(tmp_path), 4) == pytest.approx(hours / (3 - 1) / 4 * 3600), (
+        "not the prior's twelve thousand hours"
+    )
+    assert blended_mtbf(history(tmp_path), 8) == pytest.approx(blended_mtbf(history(tmp_path), 4) / 2)

@@ -282,6 +282,35 @@ def test_of_some_kinds_only_stale_ones_do_not_count(tmp_path: Path) -> None:
     assert last_commit(tmp_path) == 3
 
 
+def test_steps_are_read_as_far_as_they_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start reads a journal of a million steps: those that nothing is asked of must not be parsed."""
+    write(tmp_path, ("start", {}), *(step(n, loss=n / 7, batch="ab") for n in range(1, 6)))
+    write(tmp_path, ("start", {}), step(3, loss=math.nan, batch="ab"), attempt=2)
+    write(tmp_path, step(4, loss=0.5), attempt=1)  # stale
+    whole = list(JournalLines(tmp_path))
+    parse, parsed = events._parsed, []
+    monkeypatch.setattr(events, "_parsed", lambda line: parsed.append(line) or parse(line))
+    brief = [{name: event[name] for name in ("event", "attempt", "time", *event.keys() & {"step"})} for event in whole]
+    lines = JournalLines(tmp_path, figures=False)
+    assert list(lines) == brief and lines.stale == 1 and len(parsed) == 2  # the starts
+    parsed.clear()
+    later = JournalLines(tmp_path, steps_after=4)
+    assert list(later) == [event for event in whole if event.get("step", 9) > 4] and len(parsed) == 3
+    parsed.clear()
+    assert list(JournalLines(tmp_path, {"commit"})) == [] and len(parsed) == 2
+
+
+def test_a_line_that_only_begins_as_a_step_is_parsed_whole(tmp_path: Path) -> None:
+    """Cut off, or written into by another process: it is no step, whatever is wanted of it."""
+    begun = b'{"event":"step","attempt":1,"time":1.5,"step":1,"lo'
+    write(tmp_path, ("start", {}), step(1, loss=0.5))
+    for rest in (b'{"event":"commit"}\n', b"\n", b'ss":0.5}}\n'):
+        append(tmp_path, begun + rest)
+    write(tmp_path, step(2, loss=0.5))
+    for lines, steps in ((JournalLines(tmp_path, figures=False), 2), (JournalLines(tmp_path, steps_after=1), 1)):
+        assert sum(event["event"] == "step" for event in lines) == steps and lines.unreadable == 3
+
+
 def test_the_newest_attempt_is_found_at_the_end_however_long_the_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

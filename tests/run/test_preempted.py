@@ -161,6 +161,31 @@ def test_auto_saves_early_and_says_what_it_chose(ranks: Ranks, tmp_path: Path) -
     assert "a failure is expected every 100.0 h" in group.log(0)
 
 
+def train_counting(rank: int, world_size: int, options: dict[str, Any]) -> list[tuple[bool, int]]:
+    """Of each reading of the journal from its begin to its end: whether steps came with figures, and after which."""
+    from resume_kit.recovery.events import JournalLines
+
+    readings, read = [], JournalLines.__iter__
+
+    def counted(lines: JournalLines) -> Any:
+        yield from read(lines)
+        if lines.only is None:
+            readings.append((lines.figures, lines.steps_after))
+
+    JournalLines.__iter__ = counted  # type: ignore[method-assign]
+    train(rank, world_size, options, {"save_every": "auto"})
+    return readings
+
+
+def test_a_start_reads_all_steps_once_and_no_figures_but_of_those_to_compare(ranks: Ranks, tmp_path: Path) -> None:
+    """However long the journal is: whether there is hope, and the failures to expect, are judged in one reading."""
+    run = job(tmp_path)
+    ranks.run(train, 2, run.to_json(), timeout=60)
+    group = ranks.start(train_counting, 2, run.but(steps=STEPS + 12).to_json())
+    assert group.results(60) == [[(False, -1), (True, 10)], []]
+    assert "a failure is expected every 25,338." in group.log(0), "the prior, for two ranks that never failed"
+
+
 def test_an_attempt_that_is_superseded_ends_on_all_ranks_at_the_next_boundary(ranks: Ranks, tmp_path: Path) -> None:
     from tests.ranks import RankFailure
 

@@ -22,9 +22,6 @@ from resume_kit.planning.table import Ints, cut, numel_of, padded_shapes, run_nu
 # Elements, as megatron.core.distributed.param_and_grad_buffer aligns them.
 _PARAMETER_START = 64
 _BUCKET_END = 128
-# Elements a bucket has at least, where gradient reduction overlaps the backward pass.
-_BUCKET_SIZE = 40_000_000
-_BUCKET_SIZE_PER_RANK = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +138,7 @@ def _shares(geometry: Geometry, topology: MegatronTopology) -> Iterator[_Share]:
         ]
         sizes = [sum(numel_of(part) for *_, part in parameter) for parameter in parameters]
         shared = [topology.pipeline_parallel > 1 and parameter[0][1].place == "both" for parameter in parameters]
-        limit = None
-        if topology.overlap and stage == chunk == 0:
-            limit = topology.bucket_size or max(_BUCKET_SIZE, _BUCKET_SIZE_PER_RANK * topology.data_parallel)
+        limit = topology.bucket_limit if stage == chunk == 0 else None
         trainable = [parameter[0][1].trainable and topology.distributed_optimizer for parameter in parameters]
         sharded = [pair for pair, is_in in zip(zip(sizes, shared, strict=True), trainable, strict=True) if is_in]
         buffer = gradient_buffer(sharded[::-1], data_ranks, limit)

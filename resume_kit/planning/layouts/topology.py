@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+#: Elements that a bucket of Megatron's gradient buffer has at least, where nothing is said: so many, or so many a rank.
+_BUCKET_SIZE, _BUCKET_SIZE_PER_RANK = 40_000_000, 1_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroTopology:
@@ -64,6 +67,13 @@ class MegatronTopology:
     def expert_data_parallel(self) -> int:
         return self.stage_ranks // (self.expert_tensor_parallel * self.expert_parallel)
 
+    @property
+    def bucket_limit(self) -> int | None:
+        """Elements that a bucket has at least; None where the buffer is one bucket."""
+        if not self.overlap:
+            return None
+        return self.bucket_size or max(_BUCKET_SIZE, _BUCKET_SIZE_PER_RANK * self.data_parallel)
+
     def to_engine(self) -> dict[str, Any]:
         return {
             "engine": "megatron",
@@ -76,6 +86,20 @@ class MegatronTopology:
             "data_parallel": self.data_parallel,
             "sequence_parallel": self.sequence_parallel,
             "distributed_optimizer": self.distributed_optimizer,
+        }
+
+    def to_settings(self) -> dict[str, Any]:
+        """The same under the names of Megatron's own configurations, as a checkpoint pins them under `parallel`."""
+        return {
+            "tensor_model_parallel_size": self.tensor_parallel,
+            "pipeline_model_parallel_size": self.pipeline_parallel,
+            "virtual_pipeline_model_parallel_size": self.virtual_pipeline if self.virtual_pipeline > 1 else None,
+            "expert_model_parallel_size": self.expert_parallel,
+            "expert_tensor_parallel_size": self.expert_tensor_parallel,
+            "sequence_parallel": self.sequence_parallel,
+            "use_distributed_optimizer": self.distributed_optimizer,
+            "overlap_grad_reduce": self.overlap,
+            "bucket_size": self.bucket_limit,
         }
 
     @classmethod
