@@ -142,4 +142,10 @@ def _others(everywhere: set[str], mine: set[str], engine: Any) -> None:
 
         Coordinator._wait = later
     if "no-farewell" in everywhere:
-        Coordinator.depart = lambda _: None
+        acknowledge = Coordinator._acknowledge
+
+        def without(coordinator: Coordinator, prefix: str, *bound: float) -> None:
+            if prefix != "depart":
+                acknowledge(coordinator, prefix, *bound)
+
+        Coordinator._acknowledge = without

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import os
 import time
 from pathlib import Path
@@ -34,15 +36,17 @@ class DataFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._direct: int | None = None
+        # objects, not descriptors: an interrupt between opening a file and keeping it closes it again
+        self._past_cache: io.FileIO | None = None
         self._tried_direct = False
         try:
-            self._buffered = os.open(path, os.O_RDONLY)
+            self._through_cache = io.FileIO(path)
         except OSError as error:
             raise canonical.unread(path, error, f"cannot be opened: {error.strerror}") from None
+        self._buffered = self._through_cache.fileno()
 
     def close(self) -> None:
-        os.close(self._buffered)
+        self._through_cache.close()
         self._close_direct()
 
     def __enter__(self) -> DataFile:
@@ -109,13 +113,14 @@ class DataFile:
         if not self._tried_direct:
             self._tried_direct = True
             try:
-                self._direct = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
+                self._past_cache = io.FileIO(self.path)
+                fcntl.fcntl(self._past_cache, fcntl.F_SETFL, os.O_DIRECT)
             except OSError:
-                return start
+                self._close_direct()
         at = start
-        while self._direct is not None and at < stop:
+        while self._past_cache is not None and at < stop:
             try:
-                count = os.preadv(self._direct, (memory[at - start : whole_pages(stop - start)],), at)
+                count = os.preadv(self._past_cache.fileno(), (memory[at - start : whole_pages(stop - start)],), at)
             except OSError:  # not on this file system, or a fault, which the read through the page cache will name
                 self._close_direct()
                 break
@@ -137,6 +142,6 @@ class DataFile:
             at += count
 
     def _close_direct(self) -> None:
-        if self._direct is not None:
-            os.close(self._direct)
-            self._direct = None
+        if self._past_cache is not None:
+            self._past_cache.close()
+            self._past_cache = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -126,15 +127,12 @@ def test_a_direct_read_that_ends_inside_a_page_goes_on_through_the_page_cache(
 def test_a_file_system_that_cannot_be_read_directly_is_read_through_the_page_cache(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.open
-
-    def refuse(name: Any, flags: int, *rest: Any) -> int:
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "no O_DIRECT here")
-        return real(name, flags, *rest)
+    def refuse(descriptor: int, command: int, flags: int) -> int:
+        assert (command, flags) == (fcntl.F_SETFL, os.O_DIRECT)
+        raise OSError(errno.EINVAL, "no O_DIRECT here")
 
     counted = Calls(nowait=False)
-    monkeypatch.setattr("os.open", refuse)
+    monkeypatch.setattr("fcntl.fcntl", refuse)
     monkeypatch.setattr("os.preadv", counted)
     assert read_all(path) == IMAGE and counted.buffered == len(IMAGE)
 
@@ -213,8 +211,9 @@ def test_runs_beyond_the_end_of_a_file_are_named(size: int, path: Path) -> None:
 
 
 @pytest.mark.usefixtures("at_once")
-def test_runs_of_what_is_no_file_are_named(tmp_path: Path) -> None:
-    with DataFile(tmp_path) as file, pytest.raises(CheckpointDamaged, match="read failed at byte 3: Is a directory"):
+def test_runs_that_cannot_be_read_are_named() -> None:
+    nothing = Path("/proc/self/mem")  # at its beginning, that is
+    with DataFile(nothing) as file, pytest.raises(CheckpointDamaged, match="failed at byte 3: Input/output error"):
         file.read_runs(allocate(10), 0, rows([(3, 5), (7, 9)]))
 
 

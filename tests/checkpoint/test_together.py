@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import resource
 import signal
@@ -87,6 +88,7 @@ def sources_of(folder: Path, wanted: Sequence[Wanted]) -> tuple[list[Source], li
 
 def traces() -> list[str]:
     """Threads, descriptors and mappings that a reading together may leave behind."""
+    gc.collect()  # what interrupted it refers to itself, and to what it was about to keep
     found = [thread.name for thread in threading.enumerate() if thread.name.startswith(("reader", "taker"))]
     found += [line.split()[-2] for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:resume" in line]
     for name in os.listdir("/proc/self/fd"):
