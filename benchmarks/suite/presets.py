@@ -267,12 +267,13 @@ def _layout(ranks: int, tensor: int, pipeline: int) -> tuple[str, tuple[str, ...
 _WIDE = "data.sequence_length=256 model.vocab_size=8192 ", "data.sequence_length=256 model.vocabulary=8192 "
 """Few and wide layers, so that the GPUs bound a step of about a second, and not Python."""
 
-_ONE_BILLION = (
-    _WIDE[0] + "micro_batch_size=72 gradient_accumulation_steps=3 model.hidden_size=3584 "
-    "model.intermediate_size=9728 model.num_hidden_layers=6 model.num_attention_heads=28 model.num_key_value_heads=28",
-    _WIDE[1] + "micro_batch_size=72 global_batch_size=432 model.hidden_size=3584 model.ffn_hidden_size=9728 "
-    "model.layers=6 model.attention_heads=28 model.query_groups=28",
+_SEVEN_TENTHS = (
+    _WIDE[0] + "micro_batch_size=72 gradient_accumulation_steps=3 model.hidden_size=3072 "
+    "model.intermediate_size=8192 model.num_hidden_layers=6 model.num_attention_heads=24 model.num_key_value_heads=24",
+    _WIDE[1] + "micro_batch_size=72 global_batch_size=432 model.hidden_size=3072 model.ffn_hidden_size=8192 "
+    "model.layers=6 model.attention_heads=24 model.query_groups=24",
 )
+"""With as much state a rank as three billion have on eight."""
 
 _THREE_BILLION = (
     _WIDE[0] + "micro_batch_size=24 model.hidden_size=6144 model.intermediate_size=12288 model.num_hidden_layers=8 "
@@ -289,7 +290,7 @@ _TINY = (
 )
 
 _SEVERAL = (
-    _several("gpu-2x", 2, "two GPUs of one host, 1.0 billion parameters, about 12 GB of state", *_ONE_BILLION),
+    _several("gpu-2x", 2, "two GPUs of one host, 0.7 billion parameters, about 9 GB of state", *_SEVEN_TENTHS),
     _several("gpu-8x", 8, "eight GPUs of one host, 3.1 billion parameters, about 37 GB of state", *_THREE_BILLION),
     _several("cpu-2x", 2, "gpu-2x rehearsed on CPU ranks: its times are no measurement", *_TINY, device="cpu"),
     _several("cpu-8x", 8, "gpu-8x rehearsed on CPU ranks: its times are no measurement", *_TINY, device="cpu"),

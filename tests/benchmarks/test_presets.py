@@ -47,7 +47,7 @@ def test_a_rehearsal_differs_in_sizes_only(ranks: int) -> None:
     ]
 
 
-@pytest.mark.parametrize(("name", "billions"), [("gpu-2x", 1.0), ("gpu-8x", 3.1)])
+@pytest.mark.parametrize(("name", "billions"), [("gpu-2x", 0.7), ("gpu-8x", 3.1)])
 def test_several_gpus_train_as_many_parameters_as_it_says(name: str, billions: float) -> None:
     assert f"{billions} billion parameters" in PRESETS[name].about
     for spec in PRESETS[name].workloads:
