@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.machine import hardware
@@ -116,7 +117,8 @@ def _rank(options: argparse.Namespace, preset: Preset) -> int:
     results = read_results(options.out) if (options.out / FILE).exists() else _started(options)
     run(Job(preset, spec, options.work, options.out, results, leg, deadline))
     if os.environ["RANK"] == "0" and not options.part:
-        parts.clean(preset, options.work)
+        if not spec.legs or leg == spec.legs[-1]:  # until then its legs resume what it left
+            parts.clean(replace(preset, workloads=(spec,)), options.work)
         print(f"see {write_report(options.out, read_results(options.out))}")
     return 0
 

@@ -115,7 +115,6 @@ def train(config: TrainConfig) -> None:
 def build_engine(config: TrainConfig, *, vocab_size: int) -> Any:
     """A DeepSpeed engine around a randomly initialised transformers model."""
     import deepspeed
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = dict(config.model)
@@ -129,9 +128,7 @@ def build_engine(config: TrainConfig, *, vocab_size: int) -> Any:
         "steps_per_print": 10**9,
         **config.deepspeed,
     }
-    # DeepSpeed moves it there anyway; a host's core takes seven seconds to draw a billion weights
-    with torch.device("cuda", torch.cuda.current_device()) if uses_cuda() else torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(model_config, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(model_config, attn_implementation=attention)
     model.train()
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=deepspeed_config)
     return engine

@@ -149,10 +149,9 @@ def _free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
 def _free_in(group: Path, limit: str, used: str, cache: str) -> Iterator[int]:
     """Bytes left under the limit of one cgroup; nothing where it has none, or does not tell."""
     try:
-        most = (group / limit).read_text().strip()
+        most = int((group / limit).read_text())  # "max" is no number
         taken = int((group / used).read_text())
         kept = re.search(rf"^{cache} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
     except (OSError, ValueError):
         return
-    if most != "max":
-        yield max(0, int(most) - taken + (int(kept[1]) if kept else 0))
+    yield max(0, most - taken + (int(kept[1]) if kept else 0))

@@ -27,6 +27,7 @@ def _group(folder: Path, limit: str, used: int, cache: int) -> None:
 def test_each_limit_around_this_process_counts(tmp_path: Path) -> None:
     root, own = tmp_path / "cgroup", tmp_path / "self"
     own.write_text("0::/slurm/job_7/step_0\n")
+    _group(root, "", 9000, 0)
     _group(root / "slurm", "max", 9000, 0)
     _group(root / "slurm/job_7", "1000", 700, 100)
     _group(root / "slurm/job_7/step_0", "5000", 600, 0)

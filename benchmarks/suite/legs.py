@@ -10,12 +10,19 @@ from benchmarks.suite.presets import Leg
 from benchmarks.suite.results import Row
 from benchmarks.suite.timing import SystemFailed
 from benchmarks.suite.workloads import Workload
+from resume_kit.checkpoint.names import committed_steps
+from resume_kit.errors import UsageError
 
 
 def measure_leg(account: Account, workload: Workload, leg: Leg) -> None:
-    """Resume the workload's checkpoint in this topology, again and again; save it, where the leg says so."""
+    """Resume the workload's checkpoint in this topology, again and again; save it, where the leg says so.
+
+    Raises `UsageError` where the workload has left none.
+    """
     job, clock = account.job, account.clock
     label, home = label_of(account, job.work[0]), run_of_legs(job)
+    if not committed_steps(home):
+        raise UsageError(f"{home} holds no checkpoint for {leg.name}: measure {job.spec.name} before its legs")
     row = Row(job.part, label, "reshard", f"{job.spec.name} → {leg.name}")
     account.rows.append(row)
     trainers: list[Trainer] = []

@@ -31,9 +31,9 @@ class ReadAccount:
     unverified: tuple[tuple[str, int, int], ...]
 
 
-def reader_count(plan: ReadPlan, readers: int | None = None) -> int:
-    """How many threads a plan is worth: at most `readers`, by default this rank's share of the cores."""
-    windows = -(-plan.wanted_bytes // max(1, plan.window_bytes))
+def reader_count(wanted_bytes: int, window_bytes: int, readers: int | None = None) -> int:
+    """How many threads a reading is worth: at most `readers`, by default this rank's share of the cores."""
+    windows = -(-wanted_bytes // max(1, window_bytes))
     return max(1, min(readers or default_readers(), windows))
 
 
@@ -86,7 +86,7 @@ def carry_out(
     windows = Shared(chain(together.own(plan) if together else (), alone))
     takers = together.takers(plan) if together else []
     try:
-        side_by_side([("reader", read)] * reader_count(plan, readers) + takers, stop)
+        side_by_side([("reader", read)] * reader_count(plan.wanted_bytes, plan.window_bytes, readers) + takers, stop)
     except NeighbourLost:
         if not damage:
             raise

@@ -94,6 +94,16 @@ class Coordinator:
 
         Values travel as canonical JSON. Raises the ranks' common error class, or `RanksFailed`.
         """
+        try:
+            return self._exchange(name, local, combine)
+        except dist.DistNetworkError as error:
+            atexit.unregister(self._leave)  # nobody is left to hear it
+            what = f"the connection to the store of the process group broke: {error}"
+            remedy = "the process that keeps the store has ended: look at rank 0's log, or that of the launcher's agent"
+            problem = Problem(name, f"rank {self.rank}", what, remedy)
+            raise ResumeKitError(f"{name}: the store is gone", [problem]) from error
+
+    def _exchange(self, name: str, local: Callable[[], T], combine: Callable[[list[T]], R]) -> R:
         self._round += 1
         prefix = f"{self._round}/{name}"
         try:
@@ -160,12 +170,8 @@ class Coordinator:
         try:
             self._store.wait([key], timedelta(seconds=left))
             answer: dict[str, Any] = json.loads(self._store.get(key))
-        except dist.DistNetworkError as error:
-            what = f"the connection to the store of the process group broke: {error}"
-            remedy = "the process that keeps the store has ended: look at rank 0's log, or that of the launcher's agent"
-            raise ResumeKitError(
-                f"{name}: the store is gone", [Problem(name, f"rank {self.rank}", what, remedy)]
-            ) from error
+        except dist.DistNetworkError:
+            raise
         except (RuntimeError, ValueError) as error:
             who = key.rsplit("/", 1)[1]
             late = "rank 0 sent no result" if who == "result" else f"rank {who} did not arrive"

@@ -52,6 +52,8 @@ class JournalLines:
             if line.startswith(_IS_STEP):
                 record = self._step(line) if steps else None
                 if record is None:
+                    if torn:
+                        self.unreadable, torn = self.unreadable + 1, False
                     continue
             elif wanted is not None and not any(kind in line for kind in wanted):
                 continue

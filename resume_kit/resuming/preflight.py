@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from resume_kit.checkpoint import canonical, names
+from resume_kit.checkpoint.carrying import reader_count
 from resume_kit.checkpoint.filesystems import in_memory
 from resume_kit.checkpoint.index import RankIndex
 from resume_kit.checkpoint.manifest import Manifest
 from resume_kit.checkpoint.pages import filled
 from resume_kit.checkpoint.reading import check_data_file, read_index
 from resume_kit.checkpoint.records import TensorKey, TensorSpec
-from resume_kit.checkpoint.sharing import default_readers, default_windows
+from resume_kit.checkpoint.sharing import default_windows
 from resume_kit.engines.adapter import EngineAdapter, ModelDescription
 from resume_kit.environment import available_memory, local_world_size
 from resume_kit.errors import CheckpointDamaged, Problem
 from resume_kit.integrity.assembly import assemble, require_state
 from resume_kit.planning.holders import parse_ranks
-from resume_kit.planning.reads import ReadPart, StoredPieces, missing_elements, ranges_by_rank
+from resume_kit.planning.reads import ReadPart, StoredPieces, missing_elements, piece_bytes, ranges_by_rank
 from resume_kit.policy.judgement import Judgement, RunFacts, judge
 from resume_kit.policy.policy import Policy
 from resume_kit.resuming.wanted import Want, optimizer_kinds, wants_of
@@ -135,12 +136,13 @@ def _read_indices(directory: Path, manifest: Manifest, ranks: Iterable[int]) -> 
 
 
 def check_memory(directory: Path, order: ReadOrder, rank: int) -> list[Problem]:
-    """Room in host memory for all windows that the ranks of this host may read through: one for each thread that reads,
-    and those that they share. Threads that take from shared windows have none of their own."""
+    """Room in host memory for all windows that the ranks of this host may read through, if each wants as much as this
+    one: a window for each thread that reads, and those that they share. Threads that take have none of their own."""
     memory, ranks = available_memory(), local_world_size()
     block = max((min(index.data.block_bytes, index.data.size) for index in order.indices.values()), default=0)
     together = ranks > 1 and not in_memory(directory)
-    needed = filled(block) * (default_readers() + (default_windows() if together else 0)) * ranks
+    readers = reader_count(piece_bytes((want.spec, want.box) for want, parts in order.wants if parts), block)
+    needed = filled(block) * (readers + (default_windows() if together else 0)) * ranks
     if memory is None or memory >= needed:
         return []
     what = f"reading on this host needs {needed:,} bytes of memory, {memory:,} are available"

@@ -108,8 +108,13 @@ def test_a_file_that_cannot_be_opened_or_read_is_named(tmp_path: Path) -> None:
     plan, buffers = wanted((64, 65))
     with pytest.raises(CheckpointDamaged, match=r"rank-00003\.safetensors: cannot be opened: No such file"):
         carry_out(plan, tmp_path, HostMemory(buffers))
-    (tmp_path / "rank-00003.safetensors").mkdir()
-    with pytest.raises(CheckpointDamaged, match="read failed at byte 64: Is a directory"):
+    path = tmp_path / "rank-00003.safetensors"
+    path.mkdir()
+    with pytest.raises(CheckpointDamaged, match="cannot be opened: Is a directory"):
+        carry_out(plan, tmp_path, HostMemory(buffers))
+    path.rmdir()
+    path.symlink_to("/proc/self/mem")  # no memory is there
+    with pytest.raises(CheckpointDamaged, match="read failed at byte 64: Input/output error"):
         carry_out(plan, tmp_path, HostMemory(buffers))
 
 
@@ -225,5 +230,5 @@ def test_an_error_of_the_destination_is_raised_as_it_is(tmp_path: Path) -> None:
 
 def test_small_readings_start_no_more_threads_than_they_have_windows() -> None:
     plan, _ = wanted((0, 100))
-    assert plan.window_bytes == 64 and [reader_count(plan, most) for most in (1, 2, 8)] == [1, 2, 2]
-    assert reader_count(plan_reads([]), 8) == 1
+    assert plan.window_bytes == 64 and plan.wanted_bytes == 100
+    assert [reader_count(100, 64, most) for most in (1, 2, 8)] == [1, 2, 2] and reader_count(0, 0, 8) == 1

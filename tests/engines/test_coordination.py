@@ -394,6 +394,23 @@ def test_a_rank_whose_store_is_gone_is_told_so(ranks: Ranks) -> None:
         ranks.run(last_round, 2, "no farewell")
 
 
+ASKED = "first", "second", "third"
+
+
+def on_without_a_store(rank: int, world_size: int) -> list[dict[str, Any]]:
+    """Rank 0, whose process holds the store, ends; rank 1 does not know, and goes on to ask."""
+    ranks = coordinator()
+    ranks.depart()
+    return [caught(lambda n=name: ranks.gather(n, lambda: rank)) for name in ASKED] if rank else []
+
+
+def test_every_round_after_the_store_is_gone_says_so(ranks: Ranks) -> None:
+    """The first wait for it, the last cannot even be told its value."""
+    _, told = ranks.run(on_without_a_store, 2)
+    for name, error in zip(ASKED, told, strict=True):
+        assert error["headline"] == f"{name}: the store is gone" and error["class"] == "ResumeKitError"
+
+
 def test_a_rank_that_is_dead_at_the_end_holds_rank_zero_for_so_long_only() -> None:
     started = time.monotonic()
     Coordinator(dist.HashStore(), rank=0, world_size=2, timeout=0.2).depart()

@@ -71,14 +71,15 @@ def test_reading_together_takes_no_more_than_was_asked_for(ranks_here: int, rank
 def test_memory_for_the_windows_of_all_ranks_of_a_host_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = tensors(ROWS, COLUMNS)
-    order = order_of(save(tmp_path, saved, 1, BLOCK), columns_of(saved, 2, 1))
+    large, small = (tensors(ROWS * times, COLUMNS) for times in (8, 1))  # half of their columns: 24 and 3 windows
     monkeypatch.setattr("os.cpu_count", lambda: 24)
-    for host, in_memory, windows in [
-        (8, False, 8 * (4 + 3)),  # 4 threads a rank, and 3 windows that the others see
-        (8, True, 8 * 4),  # from memory each reads alone
-        (1, False, 16),
+    for host, in_memory, saved, windows in [
+        (8, False, large, 8 * (4 + 3)),  # 4 threads a rank, and 3 windows that the others see
+        (8, True, large, 8 * 4),  # from memory each reads alone
+        (1, False, large, 16),
+        (1, False, small, 3),  # more threads would find nothing to read
     ]:
+        order = order_of(save(tmp_path, saved, 1, BLOCK), columns_of(saved, 2, 1))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(host))
         monkeypatch.setattr(preflight, "in_memory", lambda directory, told=in_memory: told and directory == tmp_path)
         needed = windows * BLOCK

@@ -260,14 +260,18 @@ def test_a_new_run_has_no_events(tmp_path: Path) -> None:
 
 
 def test_lines_that_cannot_be_read_are_counted_but_for_each_attempts_last(tmp_path: Path) -> None:
-    write(tmp_path, ("start", {}), step(1))
+    write(tmp_path, ("start", {}), step(1, loss=0.5))
     append(tmp_path, b'\n{"event":"step"\n\n\xff\n')  # two in a row: the first was not the last line
-    write(tmp_path, ("start", {}), step(2), attempt=2)
+    write(tmp_path, ("start", {}), step(2, loss=0.5), attempt=2)
     append(tmp_path, b"not JSON\n")  # in the middle of attempt 2
-    write(tmp_path, step(3), attempt=2)
+    write(tmp_path, step(3, loss=0.5), attempt=2)
     append(tmp_path, b'{"event":"st')
     lines = JournalLines(tmp_path)
     assert len(list(lines)) == 5 and lines.unreadable == 2
+    append(tmp_path, b'"\n')
+    write(tmp_path, step(3, loss=0.5), ("start", {}), attempt=3)
+    for lines, count in ((JournalLines(tmp_path), 7), (JournalLines(tmp_path, steps_after=3), 3)):
+        assert len(list(lines)) == count and lines.unreadable == 3  # a step that is passed over is a line all the same
     (tmp_path / JOURNAL).unlink()
     assert list(lines) == [] and lines.unreadable == 0
 
