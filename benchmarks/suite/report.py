@@ -270,4 +270,4 @@ def _median(row: Row, metric: str) -> str:
 
 
 def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}"
+    return "" if ratio is None else f"{ratio:.1f}" if ratio >= 10 else f"{ratio:.2f}"

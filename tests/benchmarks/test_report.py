@@ -25,8 +25,8 @@ def test_systems_stand_with_medians_and_ranges_and_the_first_save_apart() -> Non
 
 def test_ratios_are_by_byte_to_the_floor_and_by_second_to_the_kits_best_way() -> None:
     # 6 GB in 12 s against 4 GB in 2 s; 6 GB in 6 s against 4 GB in 1 s; 9 / 0.02, 12 / 4 and 6 / 3 seconds
-    assert "| Slow | 4.0 | 4.0 | 450.0 | 3.0 | 2.0 |" in lines()
-    assert "| resume_kit, committed | 2.0 | 3.0 | 200.0 | 1.0 | 1.0 |" in lines()
+    assert "| Slow | 4.00 | 4.00 | 450.0 | 3.00 | 2.00 |" in lines()
+    assert "| resume_kit, committed | 2.00 | 3.00 | 200.0 | 1.00 | 1.00 |" in lines()
 
 
 def test_a_peer_that_did_not_run_says_why() -> None:
@@ -95,7 +95,7 @@ def test_the_readme_gets_the_excerpt_between_its_marks_and_nothing_else(tmp_path
     assert readme.read_text() == "\n".join(["before", BEGIN, *excerpt(results()), END, "after", ""])
     write_to_readme(tmp_path, readme)
     assert readme.read_text().count("Slow") == 1
-    assert "| zero3, ext4 | Slow | 9.00 s | 12.0 s | 6.00 s | 4.0, 4.0 |" in readme.read_text()
+    assert "| zero3, ext4 | Slow | 9.00 s | 12.0 s | 6.00 s | 4.00, 4.00 |" in readme.read_text()
 
 
 def test_a_readme_without_marks_is_left_alone(tmp_path: Path) -> None:
