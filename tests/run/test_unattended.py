@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -120,16 +121,16 @@ def resume_beside_faults(rank: int, world_size: int, options: dict[str, Any], fa
 
     patience.PAUSES = (0.05, 0.05)
     _, loader, kit = build_kit(rank, world_size, options)
-    left, really_open = [faults], os.open
+    left, really_open = [faults], io.FileIO
 
-    def stale(path: Any, *arguments: Any, **more: Any) -> int:
-        if str(path).endswith(".safetensors") and left[0] > 0:
+    def stale(path: Path) -> io.FileIO:
+        if path.suffix == ".safetensors" and left[0] > 0:
             left[0] -= 1
             raise OSError(116, "Stale file handle", str(path))
-        return really_open(path, *arguments, **more)
+        return really_open(path)
 
     if rank == 1:
-        os.open = stale  # type: ignore[assignment]
+        io.FileIO = stale  # type: ignore[assignment, misc]
     try:
         return {"step": kit.resume(), "report": kit.report.render()}
     except ResumeKitError as error:
