@@ -81,7 +81,7 @@ def _measure(job: _Job, rank: int) -> None:
     }
     file = job.folder / names.data_file(rank)
     for way in floors.WAYS:
-        if way.direct or storage.file_system(job.folder) not in storage.MEMORY:
+        if way.direct or not in_memory(job.folder):
             ways[f"raw read, {way}"] = lambda way=way: floors.read(file, way) and None
     samples: dict[str, list[float]] = {name: [] for name in ways}
     accounts: dict[str, list[int]] = {}

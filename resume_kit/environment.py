@@ -123,12 +123,12 @@ def _free_on_host() -> int | None:
     return None
 
 
-#: Files of a cgroup with a limit on memory, (limit, used), and the line in memory.stat of page cache that can go: of
-#: version 2, and of version 1, whose memory controller has a hierarchy of its own.
-_MEMORY_FILES = (
-    ("0::", "", "memory.max", "memory.current", "inactive_file"),
-    (":memory:", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
+#: By the controller that /proc/self/cgroup names, none in version 2: where its hierarchy is mounted, the files of a
+#: limit on memory and of what is used, and the line in memory.stat of page cache that can go.
+_MEMORY_FILES = {
+    "": (".", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def _free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
@@ -137,8 +137,9 @@ def _free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pro
         lines = own.read_text().splitlines()
     except OSError:
         return
-    for mark, hierarchy, *files in _MEMORY_FILES:
-        for place in (line.partition(mark)[2] for line in lines if mark in line):
+    for _, controllers, place in (line.split(":", 2) for line in lines):
+        for controller in _MEMORY_FILES.keys() & set(controllers.split(",")):
+            hierarchy, *files = _MEMORY_FILES[controller]
             top = root / hierarchy
             here = top / place.lstrip("/")
             for group in (here, *here.parents):

@@ -36,7 +36,7 @@ def test_each_limit_around_this_process_counts(tmp_path: Path) -> None:
 
 def test_the_memory_controller_of_version_1_counts_too(tmp_path: Path) -> None:
     root, own = tmp_path / "cgroup", tmp_path / "self"
-    own.write_text("5:devices:/job_7\n4:memory:/job_7\n0::/\n")
+    own.write_text("5:devices:/job_7\n4:cpu,memory:/job_7\n1:name=0::memory:/no\n0::/\n")
     for place, limit in (("memory", 1 << 62), ("memory/job_7", 1000)):
         (root / place).mkdir(parents=True)
         (root / place / "memory.limit_in_bytes").write_text(f"{limit}\n")

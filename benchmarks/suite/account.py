@@ -12,6 +12,7 @@ from benchmarks.suite import storage
 from benchmarks.suite.presets import Leg, Preset, WorkloadSpec
 from benchmarks.suite.results import Results, Row
 from benchmarks.suite.timing import Clock
+from resume_kit.checkpoint.filesystems import in_memory
 
 
 @dataclass
@@ -76,7 +77,7 @@ def label_of(account: Account, folder: Path) -> str:
     kind = storage.file_system(folder)
     targets = account.facts["targets"]
     label = kind if kind not in targets else f"{kind} {len(targets) + 1}"
-    cold = "memory: cannot be dropped" if kind in storage.MEMORY else "dropped by posix_fadvise after fsync"
+    cold = "memory: cannot be dropped" if in_memory(folder) else "dropped by posix_fadvise after fsync"
     targets[label] = {"file system": kind, "caches before reads": cold}
     return label
 

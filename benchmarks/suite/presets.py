@@ -265,7 +265,7 @@ def _layout(ranks: int, tensor: int, pipeline: int) -> tuple[str, tuple[str, ...
 
 
 _WIDE = "data.sequence_length=256 model.vocab_size=8192 ", "data.sequence_length=256 model.vocabulary=8192 "
-"""Few and wide layers, so that the GPUs bound a step of about a second, and not Python."""
+"""Few and wide layers, so that the GPUs are to bound a step, of half a second and more, and not Python."""
 
 _SEVEN_TENTHS = (
     _WIDE[0] + "micro_batch_size=72 gradient_accumulation_steps=3 model.hidden_size=3072 "

@@ -7,25 +7,14 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-#: File systems that live in memory: what is read from them cannot be cold.
-MEMORY = frozenset({"tmpfs", "ramfs"})
+from resume_kit.checkpoint.filesystems import mounted_as
 
 _THREADS = 8
 
 
 def file_system(path: Path) -> str:
     """The kind of file system that holds `path`, `ext4` for instance; `unknown` where the system does not tell."""
-    path, best, kind = path.resolve(), "", "unknown"
-    try:
-        mounts = Path("/proc/mounts").read_text().splitlines()
-    except OSError:
-        return kind
-    for mount in mounts:
-        _, where, found, *_ = mount.split()
-        where = where.replace("\\040", " ")
-        if path.is_relative_to(where) and len(where) >= len(best):
-            best, kind = where, found
-    return kind
+    return (mounted_as(path) or "unknown").partition(" ")[0]
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from resume_kit.checkpoint import canonical
 from resume_kit.run.kept import KeptState
+from tests.conftest import Ranks
+from tests.jobs import Job, text_file
+from tests.run.test_unattended import build_kit
 
 
 def kept(step: int, **state: Any) -> KeptState:
@@ -68,3 +72,21 @@ def test_a_kit_that_was_closed_leaves_the_rate_alone() -> None:
     state.end()
     state.scale_rates(groups)
     assert groups[0]["lr"] == pytest.approx(0.1)
+
+
+def closed(rank: int, world_size: int, options: dict[str, Any]) -> list[float]:
+    """The LR of an update before and after the kit was closed, in the middle of a rewarming."""
+    _, loader, kit = build_kit(rank, world_size, options)
+    kit.resume()
+    kit._contents.kept.restore({"rewarm": {"steps": 4, "from_step": 0}}, 0)
+    before, after = [{"lr": 0.4}], [{"lr": 0.4}]
+    kit._contents.kept.scale_rates(before)
+    kit.close()
+    kit._contents.kept.scale_rates(after)
+    loader.close()
+    return [group["lr"] for group in (*before, *after)]
+
+
+def test_a_closed_kit_leaves_the_rates_alone(ranks: Ranks, tmp_path: Path) -> None:
+    job = Job(run_dir=str(tmp_path / "run"), data=text_file(tmp_path), stage=1)
+    assert ranks.run(closed, 1, job.to_json()) == [[0.1, 0.4]]
