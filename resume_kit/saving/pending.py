@@ -60,6 +60,7 @@ class Pending:
 
     def wait_until_staged(self) -> None:
         """Wait until every copy is done, or the save has failed. Bounded: some block must be copied in time."""
+        self._hurry()
         seen = -1
         while not self._progress.staged.wait(self._bound):
             copied = 0 if isinstance(self._capture, FailedCapture) else self._capture.staging.copied
@@ -71,11 +72,16 @@ class Pending:
 
     def wait(self, bound: float | None = None) -> bool:
         """Wait for the end, at most for `bound` seconds; whether it has come."""
+        self._hurry()
         return self._over.wait(self._bound if bound is None else bound)
 
     def taken(self) -> None:
         """Somebody has looked at the outcome."""
         atexit.unregister(self._at_exit)
+
+    def _hurry(self) -> None:
+        if not isinstance(self._capture, FailedCapture):
+            self._capture.staging.hurry()
 
     def _run(self) -> None:
         try:

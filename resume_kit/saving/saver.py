@@ -147,13 +147,14 @@ class Saver:
         """
         assert self._pending is None
         began = time.perf_counter()
-        capture = self._capture(build)
+        waits = returns != "overlapped" or not self._hooked  # no update has been seen to pass the fence
+        capture = self._capture(build, waits)
         self._begun += 1  # by every rank: it names the keys of this save's rounds
         rounds = self._background.section(f"save {self._begun}")
         self._pending = Pending(capture, rounds, self._stream, self._journal, began)
-        unguarded = not self._hooked or (isinstance(capture, Capture) and capture.plan.frozen)
-        if returns == "staged" or (returns == "overlapped" and unguarded):
-            self._pending.wait_until_staged()  # where no update has been seen to pass the fence, or none guards it
+        unguarded = isinstance(capture, Capture) and capture.plan.frozen  # what no update changes, a forward may
+        if returns != "committed" and (waits or unguarded):
+            self._pending.wait_until_staged()
 
     def take(self, *, failed: bool = False) -> tuple[Commit, bool]:
         """The pending save's commit, and whether it recorded the gate; waits for it.
@@ -195,14 +196,14 @@ class Saver:
             self._pending.fence()
         return lambda: None
 
-    def _capture(self, build: Callable[[], SaveRequest]) -> Capture | FailedCapture:
+    def _capture(self, build: Callable[[], SaveRequest], waits: bool) -> Capture | FailedCapture:
         account: Account | None = None
         early: Staging | None = None
         failure: Exception | None = None
         try:
             if self._stuck is not None:
                 raise SaveFailed(f"the save of step {self._stuck.step} still hangs", [_HANGS])
-            early = self._copy_early()
+            early = self._copy_early(waits)
             account = take_account(build(), self._adapter, self._snapshots)
         except Exception as error:  # the others must know before they enter a collective
             failure = error
@@ -226,7 +227,7 @@ class Saver:
             capture = FailedCapture(account, error)
         return self._reduced(capture)
 
-    def _copy_early(self) -> Staging | None:
+    def _copy_early(self, waits: bool) -> Staging | None:
         """Start the copies that the save before made: most likely they are those of this one. No communication.
 
         None where they cannot begin before the state has been looked at, or a gate's forward may change some.
@@ -239,6 +240,8 @@ class Saver:
         if staging.bounded or not staging.from_device_alone:
             return None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        if waits:
+            staging.hurry()
         staging.start(without=self._plan.snapshots)
         return staging
 

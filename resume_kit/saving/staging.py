@@ -15,7 +15,7 @@ from resume_kit.checkpoint.blocks import BLOCK_BYTES, spans
 from resume_kit.errors import Problem, SaveFailed
 
 _TOGETHER = 4  # blocks that are copied by one call where they can: fewer calls, and writers still start early
-_AHEAD = 3  # such copies in the stream's queue: 4 ms on a bus of 55 GB/s, during which the interpreter may be busy
+_AHEAD = 3  # such copies in the stream's queue while somebody waits: 4 ms at 55 GB/s, the interpreter may be busy
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Staging:
         self._pacer: threading.Thread | None = None
         self._events: dict[int, torch.cuda.Event | None] = {}
         self._news = threading.Condition()
-        self._go_on, self._queued = threading.Event(), threading.Event()
+        self._go_on, self._queued, self._hurried = threading.Event(), threading.Event(), threading.Event()
         self._abandoned = False
         self._failure: BaseException | None = None
         self.copied = 0
@@ -82,8 +82,9 @@ class Staging:
     def start(self, *, without: Iterable[tuple[int, int]] = ()) -> None:
         """Begin the copies from the device but those into bytes `without` of the file; nothing waits.
 
-        Only where the whole image has room. `start_rest` must follow, or `abandon`. A thread keeps a few copies in the
-        stream's queue at a time: a copy of the training's own, a loss say, has to wait for all that came before it.
+        Only where the whole image has room. `start_rest` must follow, or `abandon`. A thread gives the stream one copy
+        at a time: a copy of training's own, a loss say, comes in between. Before a queue that never runs dry it would
+        not: the device's copy engine stays with that one.
         """
         late = {number for lo, hi in without for number in range(lo // BLOCK_BYTES, -(-hi // BLOCK_BYTES))}
         self._order = [n for n in range(len(self._spans)) if n not in late], sorted(late)
@@ -94,6 +95,10 @@ class Staging:
     def start_rest(self) -> None:
         """Begin the copies that `start` left out."""
         self._go_on.set()
+
+    def hurry(self) -> None:
+        """Somebody waits for the copies: from here on they come as fast as they can, and others after them."""
+        self._hurried.set()
 
     def abandon(self) -> None:
         """Begin no more copies. Those in the stream's queue still come."""
@@ -139,7 +144,7 @@ class Staging:
             return event
 
     def _pace(self) -> None:
-        """In a thread: all copies in their order, at most `_AHEAD` of them in the stream's queue."""
+        """In a thread: all copies in their order, one in the stream's queue, or `_AHEAD` while somebody waits."""
         flight: deque[torch.cuda.Event] = deque()
         try:
             for late, part in enumerate(self._order):
@@ -147,7 +152,7 @@ class Staging:
                     self._go_on.wait()
                 self._device = _Cursor(self._on_device)
                 for numbers in _neighbours(part):
-                    if len(flight) == _AHEAD:
+                    while len(flight) >= (_AHEAD if self._hurried.is_set() else 1):
                         flight.popleft().synchronize()
                     if self._abandoned:
                         return

@@ -149,7 +149,8 @@ def test_what_a_capture_writes_is_copied_after_the_rest() -> None:
     arena.close()
 
 
-def test_few_copies_are_queued_at_a_time_and_none_after_abandon() -> None:
+@pytest.mark.parametrize(("hurried", "queued"), [(False, 1), (True, 3)])
+def test_few_copies_are_queued_at_a_time_and_none_after_abandon(hurried: bool, queued: int) -> None:
     """Else a copy of the training's own would wait behind all of the state."""
     side, arena = torch.cuda.Stream(), Arena(torch.device("cuda:0"))
     data = torch.zeros(512 << 20, dtype=torch.uint8, device="cuda:0")
@@ -158,12 +159,14 @@ def test_few_copies_are_queued_at_a_time_and_none_after_abandon() -> None:
     with torch.cuda.stream(side):
         torch.cuda._sleep(CYCLES)
     staging = Staging([(0, data)], data.numel(), memory, side, 60.0)
+    if hurried:
+        staging.hurry()
     staging.start()
     staging.start_rest()
     time.sleep(0.02)
-    assert not staging.by_device_alone  # the device sleeps: the fourth copy waits for the first
+    assert not staging.by_device_alone  # the device sleeps: the next copy waits for the first
     staging.abandon()
     side.synchronize()
     copied = int((memory == 0).sum())
-    assert copied == 3 * 4 * (16 << 20)
+    assert copied == queued * 4 * (16 << 20)
     arena.close()

@@ -26,6 +26,10 @@ class Staged:
 
     copied = 0
     by_device_alone = False
+    hurried = False
+
+    def hurry(self) -> None:
+        self.hurried = True
 
 
 @pytest.fixture
@@ -33,11 +37,13 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Pending]]:
     """Start a save of step 5 whose background does `work(progress)`; its exit hook is taken back at the end."""
     begun: list[Pending] = []
 
-    def act(work: Callable[[Any], Any], staging: Any = None, *, failed: bool = False) -> Pending:
+    def act(
+        work: Callable[[Any], Any], staging: Any = None, *, failed: bool = False, measured: object = None
+    ) -> Pending:
         monkeypatch.setattr(module, "finish", lambda _capture, _rounds, _journal, progress: work(progress))
         request = SimpleNamespace(step=5, gate=None, gate_seconds=0.0)
         account: Any = SimpleNamespace(request=request)
-        capture: Any = SimpleNamespace(account=account, staging=staging or Staged(), measured=None)
+        capture: Any = SimpleNamespace(account=account, staging=staging or Staged(), measured=measured)
         if failed:
             capture = FailedCapture(account, SaveFailed("no memory"))
         rounds = Coordinator(dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
@@ -104,6 +110,38 @@ def test_the_fence_does_not_wait_for_a_state_that_was_not_captured(start: Callab
     pending.fence()
     assert time.monotonic() - began < BOUND
     go.set()
+
+
+@pytest.mark.parametrize("wait", [Pending.fence, Pending.wait_until_staged, Pending.wait])
+def test_whoever_waits_hurries_the_copies_and_nobody_else(
+    wait: Callable[[Pending], Any], start: Callable[..., Pending]
+) -> None:
+    staging, go = Staged(), threading.Event()
+
+    def copy(progress: Any) -> None:
+        go.wait(5)
+        progress.staged.set()
+
+    pending = start(copy, staging)
+    assert not staging.hurried
+    threading.Timer(0.5 * BOUND, go.set).start()
+    wait(pending)
+    assert staging.hurried
+
+
+def test_a_fence_that_the_device_keeps_hurries_nothing(start: Callable[..., Pending]) -> None:
+    class Queued(Staged):
+        by_device_alone = True
+        awaited = False
+
+        def copied_on_device(self) -> None:
+            self.awaited = True
+
+    staging, go = Queued(), threading.Event()
+    pending = start(lambda _: go.wait(5), staging, measured=object())
+    pending.fence()
+    go.set()
+    assert staging.awaited and not staging.hurried
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import queue
 import random
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -152,6 +155,103 @@ def test_a_thread_is_on_the_streams_device_before_its_stream_is_set_and_until_it
     assert calls[2:] == ["out of the stream", "out of cuda:1"]
     with on_stream(None):
         assert len(calls) == 4
+
+
+class FakeEvent:
+    """The end of a copy that comes when a test says so; `awaited` once somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.awaited, self.come = threading.Event(), threading.Event()
+
+    def synchronize(self) -> None:
+        self.awaited.set()
+        assert self.come.wait(5)
+
+
+@pytest.fixture
+def queued(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[FakeEvent]]:
+    """Take the events of the next copies that are queued. Copies from a device are fakes, of a block each."""
+    events: queue.SimpleQueue[FakeEvent] = queue.SimpleQueue()
+
+    def copy(*_: object) -> FakeEvent:
+        event = FakeEvent()
+        events.put(event)
+        return event
+
+    def take(count: int) -> list[FakeEvent]:
+        taken = [events.get(timeout=5) for _ in range(count)]
+        time.sleep(0.05)  # in which one too many would come
+        assert events.empty()
+        return taken
+
+    monkeypatch.setattr(module, "_TOGETHER", 1)
+    monkeypatch.setattr(Staging, "_copy_from_device", copy)
+    return take
+
+
+def paced(count: int) -> Staging:
+    stream: Any = object()
+    return Staging([], count * BLOCK, torch.empty(count * BLOCK, dtype=torch.uint8), stream, 5.0)
+
+
+def test_beside_training_a_copy_is_queued_once_the_one_before_has_come(
+    queued: Callable[[int], list[FakeEvent]],
+) -> None:
+    staging = paced(5)
+    staging.start()
+    staging.start_rest()
+    for _ in range(5):
+        (event,) = queued(1)
+        event.come.set()
+    assert [block.number for block in staging.blocks(HEADER)] == list(range(5))
+
+
+def test_once_somebody_waits_the_queue_does_not_run_dry(queued: Callable[[int], list[FakeEvent]]) -> None:
+    staging = paced(6)
+    staging.start()
+    (first,) = queued(1)
+    staging.hurry()
+    first.come.set()
+    flight = queued(3)
+    flight[0].come.set()
+    flight += queued(1)
+    assert flight[1].awaited.wait(5) and not flight[2].awaited.is_set()
+    for event in flight:
+        event.come.set()
+    staging.abandon()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_small_copy_of_trainings_own_comes_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy engine stays with a queue that never runs dry, so it has to."""
+    monkeypatch.undo()
+    size = 128 * blocks.BLOCK_BYTES
+    sources = [(at, torch.empty(size // 16, dtype=torch.uint8, device="cuda")) for at in range(0, size, size // 16)]
+    memory, stream = torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.cuda.Stream()
+    flag = torch.ones(1, device="cuda")
+
+    def run(*, hurried: bool) -> tuple[float, float]:
+        """Seconds until all is copied, and the longest that a small copy took meanwhile."""
+        staging, longest, over = Staging(sources, size, memory, stream, 5.0), 0.0, threading.Event()
+        if hurried:
+            staging.hurry()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        staging.start()
+        staging.start_rest()
+        drain = threading.Thread(target=lambda: (list(staging.blocks(HEADER)), over.set()))
+        drain.start()
+        while not over.wait(0.001):
+            asked = time.perf_counter()
+            flag.item()
+            longest = max(longest, time.perf_counter() - asked)
+        return time.perf_counter() - began, longest
+
+    run(hurried=False)
+    beside, longest = min(run(hurried=False) for _ in range(3))
+    alone, _ = min(run(hurried=True) for _ in range(3))
+    assert longest < 0.2 * beside
+    assert alone < 1.05 * beside
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
