@@ -35,8 +35,11 @@ def write_failed(path: Path, error: OSError, nbytes: int) -> SaveFailed:
 
 
 _PORTION = 1 << 20
-#: Threads a file: one hashes while another writes. More write hardly faster, and slow the training beside them.
-WRITERS = 2
+#: Threads that write a file past the page cache, 16 MiB at a time. More are hardly faster on a local disk.
+WRITING = 2
+#: One more than that hashes meanwhile: threads that did both would fall into step, and leave the disk idle while all
+#: hash. Through the page cache a thread does both, in portions, and more slow the training beside them.
+WRITERS = WRITING + 1
 
 
 class ImageFile:
@@ -72,8 +75,11 @@ class ImageFile:
         except OSError as error:
             raise write_failed(path, error, size) from error
         self._bypass = self._direct is not None
+        self._turn = threading.Semaphore(WRITING)
+        if writers is None:
+            writers = WRITERS if self._bypass else WRITING
         with suppress(RuntimeError):
-            for number in range(min(WRITERS if writers is None else writers, len(self._spans))):
+            for number in range(min(writers, len(self._spans))):
                 thread = threading.Thread(target=self._run, name=f"writer-{number}", daemon=True)
                 thread.start()
                 self._threads.append(thread)
@@ -152,10 +158,14 @@ class ImageFile:
     def _put(self, block: memoryview, offset: int) -> str:
         """Digest and write a block; past the page cache at once, else in portions that the processor's cache holds."""
         hasher = xxhash.xxh3_128()
-        portion = _PORTION if self._direct is None else len(block)
-        for start in range(0, len(block), portion):
-            hasher.update(block[start : start + portion])
-            self._write(block[start : start + portion], offset + start)
+        if self._direct is not None:
+            hasher.update(block)
+            with self._turn:
+                self._write(block, offset)
+            return hasher.hexdigest()
+        for start in range(0, len(block), _PORTION):
+            hasher.update(block[start : start + _PORTION])
+            self._write(block[start : start + _PORTION], offset + start)
         return hasher.hexdigest()
 
     def _write(self, block: memoryview, offset: int) -> None:

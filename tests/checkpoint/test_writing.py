@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from resume_kit.checkpoint import blocks, filesystems, writing
 from resume_kit.checkpoint.blocks import digest_image
@@ -388,6 +389,47 @@ def test_where_no_thread_can_be_started_submit_writes(tmp_path: Path, monkeypatc
     work.submit(0)
     work.submit(1)
     assert work.file.finish() == digest_image(work.image, BLOCK)
+
+
+def test_past_the_page_cache_a_block_is_hashed_while_others_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_direct(tmp_path)
+    go, news = threading.Event(), threading.Condition()
+    hashed, under_way, most = 0, 0, 0
+    hash_of, pwrite = xxhash.xxh3_128, os.pwrite
+
+    def count_hash() -> xxhash.xxh3_128:
+        nonlocal hashed
+        with news:
+            hashed += 1
+            news.notify_all()
+        return hash_of()
+
+    def slow(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal under_way, most
+        with news:
+            under_way += 1
+            most = max(most, under_way)
+            news.notify_all()
+        assert go.wait(5)
+        done = pwrite(descriptor, data, offset)
+        with news:
+            under_way -= 1
+        return done
+
+    monkeypatch.setattr(xxhash, "xxh3_128", count_hash)
+    monkeypatch.setattr(os, "pwrite", slow)
+    work = Writing(tmp_path / "x", page_aligned(6 * BLOCK))
+    work.submit_all()
+    with news:
+        assert news.wait_for(lambda: hashed == 3 and under_way == 2, timeout=5)
+    go.set()
+    digest = work.file.finish()
+    monkeypatch.undo()
+    assert most == 2 and work.each_was_freed_once
+    assert digest == digest_image(work.image, BLOCK)
+    assert (tmp_path / "x").read_bytes() == work.image
 
 
 def test_no_more_threads_than_blocks(tmp_path: Path) -> None:
