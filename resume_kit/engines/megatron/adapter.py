@@ -177,7 +177,7 @@ class MegatronAdapter:
         self.settle()  # finishes what is pending; the gather after it takes what was just written
         for weight in self._weights:
             self._ownership.gather(weight, self._masters.get(id(weight.weight)))
-        if self._ddp.use_distributed_optimizer:
+        if self._ddp.use_distributed_optimizer and max(self._grid.data, self._grid.expert_data) > 1:
             self._gather()
 
     def schedule_problems(self, saved: Mapping[str, Any], offset: int, samples_per_step: int) -> list[Problem]:
