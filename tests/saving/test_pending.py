@@ -116,17 +116,20 @@ def test_the_fence_does_not_wait_for_a_state_that_was_not_captured(start: Callab
 def test_whoever_waits_hurries_the_copies_and_nobody_else(
     wait: Callable[[Pending], Any], start: Callable[..., Pending]
 ) -> None:
-    staging, go = Staged(), threading.Event()
+    asked = threading.Event()
+
+    class Hurried(Staged):
+        def hurry(self) -> None:
+            asked.set()
 
     def copy(progress: Any) -> None:
-        go.wait(5)
+        asked.wait(5)
         progress.staged.set()
 
-    pending = start(copy, staging)
-    assert not staging.hurried
-    threading.Timer(0.5 * BOUND, go.set).start()
+    pending = start(copy, Hurried())
+    assert not asked.wait(0.05)
     wait(pending)
-    assert staging.hurried
+    assert asked.is_set()
 
 
 def test_a_fence_that_the_device_keeps_hurries_nothing(start: Callable[..., Pending]) -> None:
