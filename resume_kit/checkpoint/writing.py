@@ -147,7 +147,7 @@ class ImageFile:
     def _handle(self, number: int, block: memoryview, free: Callable[[], None] | None) -> None:
         try:
             try:
-                if self._failure is None and not self._abandoned:
+                if self._wanted:
                     self._digests[number] = self._put(block, self._spans[number][0])
             finally:
                 if free is not None:
@@ -155,13 +155,18 @@ class ImageFile:
         except BaseException as error:
             self._failure = self._failure or error
 
+    @property
+    def _wanted(self) -> bool:
+        return self._failure is None and not self._abandoned
+
     def _put(self, block: memoryview, offset: int) -> str:
         """Digest and write a block; past the page cache at once, else in portions that the processor's cache holds."""
         hasher = xxhash.xxh3_128()
-        if self._direct is not None:
+        if self._direct is not None and self._bypass:
             hasher.update(block)
             with self._turn:
-                self._write(block, offset)
+                if self._wanted:
+                    self._write(block, offset)
             return hasher.hexdigest()
         for start in range(0, len(block), _PORTION):
             hasher.update(block[start : start + _PORTION])

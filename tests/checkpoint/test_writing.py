@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -358,6 +359,38 @@ def test_an_abandoned_file_frees_what_waits_and_writes_no_more(tmp_path: Path, m
     work.file.abandon()
     assert len(tried) == 1 and work.each_was_freed_once
     work.file.abandon()
+
+
+def test_a_block_that_waits_for_its_turn_is_not_written_once_the_file_is_abandoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_direct(tmp_path)
+    begun, disk, tried = threading.Semaphore(0), threading.Event(), []
+    hash_of, pwrite = xxhash.xxh3_128, os.pwrite
+
+    def count_hash() -> xxhash.xxh3_128:
+        begun.release()
+        return hash_of()
+
+    def slow(*arguments: Any) -> int:
+        tried.append(arguments[2])
+        begun.release()
+        assert disk.wait(10)
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(xxhash, "xxh3_128", count_hash)
+    monkeypatch.setattr(os, "pwrite", slow)
+    work = Writing(tmp_path / "x", page_aligned(9 * BLOCK))
+    work.submit_all()
+    for _ in range(3 + 2):  # three are hashed, two of them written
+        assert begun.acquire(timeout=10)
+    ending = threading.Thread(target=work.file.abandon)
+    ending.start()
+    while not work.file._abandoned:
+        time.sleep(0.001)
+    disk.set()
+    ending.join()
+    assert len(tried) == 2 and work.each_was_freed_once
 
 
 def test_misuse_is_told(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Pending]]:
     yield act
     for pending in begun:
         pending.taken()
+        assert pending.wait(5)  # no thread is left to the tests after this one
 
 
 def fail(error: Exception) -> None:
